@@ -66,13 +66,17 @@ TESTED_BY = {
     "compression/quantization/test_format.py": (
         "compression/quantization/bnb_decoding.py compression/quantization/scales.py functional/bits.py"
     ),
+    "compression/quantization/test_experts.py": "compression/quantization/widths.py",
     "compression/quantization/test_linear.py": (
         "compression/quantization/rounding.py compression/quantization/settings.py"
     ),
     "compression/quantization/test_native.py": "compression/quantization/bnb.py",
-    "compression/quantization/test_plan.py": "compression/quantization/config.py",
+    "compression/quantization/test_plan.py": (
+        "compression/quantization/config.py compression/quantization/quantizable.py"
+    ),
     "compression/quantization/test_product.py": "compression/quantization/codes.py",
     "compression/quantization/test_quantize.py": "layers/sequential.py",
+    "compression/quantization/test_quantizer.py": "compression/quantization/stored_modules.py",
     "compression/sparse/test_linear.py": "compression/sparse/product.py",
     "compression/sparse/test_quantizer.py": (
         "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "
@@ -92,7 +96,7 @@ TESTED_BY = {
     "layers/removal/test_drop.py": (
         "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py"
     ),
-    "layers/test_experts.py": "layers/expert_discovery.py",
+    "layers/test_experts.py": "layers/expert_counts.py layers/expert_discovery.py",
     "layers/test_expert_routing.py": "layers/expert_products.py",
     "layers/test_stack.py": "layers/modules.py layers/weights.py",
     "layers/test_unit_discovery.py": (

@@ -35,7 +35,7 @@ OPTIONS = {
     "narrow": ("NarrowSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
     "pack_sparse": ("PackSettings", "model"),
     "perplexity": ("SampleSettings", "model batches tokenizer texts"),
-    "plan_bits": ("StorageSettings", "model bits scores skip include exclude layers_path"),
+    "plan_bits": ("StorageSettings", "model bits scores skip include exclude layers_path expert_scores"),
     "plan_depth": ("DepthSettings", "model n_removed batches tokenizer texts journal layers_path show_progress"),
     "plan_experts": ("PlanExpertsSettings", "model share scores batches tokenizer texts layers_path show_progress"),
     "plan_fit": (

@@ -12,21 +12,26 @@ from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.io.display import terminal_text
 from hf_cod.io.report import format_number
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.scoring.expert_scores import ExpertScores
 from hf_cod.scoring.layer_scores import LayerScores
 
 
-def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None) -> None:
+def explain_bits(
+    stack: DecoderLayers, settings: Any, scores: LayerScores | None, expert_scores: ExpertScores | None
+) -> None:
     """Prints the bits and the score of each layer; `settings` are those of hf-cod quantize."""
-    plan = plan_bits(stack, settings.bits, settings, scores, settings.skip)
+    plan = plan_bits(stack, settings.bits, settings, scores, settings.skip, expert_scores=expert_scores)
     values = [0.0] * len(stack) if scores is None else scores.values
     order = sorted(range(len(stack)), key=lambda i: -values[i])
     title = f"{plan.stored:.3f} stored bits per weight"
     table = Table(*("layer", "score", "rank", "matrices of four bits", "of three"), title=title)
     for index in range(len(stack)):
-        names = [name for name in stack.linears(index) if name in plan.bits]
-        four = [name.rsplit(".", 1)[-1] for name in names if plan.bits[name] == 4]
-        told = "all" if four and len(four) == len(names) else ", ".join(four) or "none"
-        row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
+        widths = {name: plan.widths(name) for name in plan.names(stack, index)}
+        count = sum(map(len, widths.values()))
+        four = sum(found.count(4) for found in widths.values())
+        named = ", ".join(_of_four_bits(name, found) for name, found in widths.items() if 4 in found)
+        told = "all" if four and four == count else named or "none"
+        row = (index, format_number(values[index]), order.index(index) + 1, told, count - four)
         table.add_row(*map(terminal_text, row))
     console = make_console()
     console.print(table)
@@ -37,11 +42,21 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
         if scores is None
         else f"by {terminal_text(scores.method)}, highest scores first"
     )
+    of_these = "layers"
+    if expert_scores is not None:
+        why = f"to what all tokens enter first, then to experts by {terminal_text(expert_scores.method)}"
+        of_these = "experts"
     console.print(
-        f"Four bits are assigned {why}, up to {settings.bits:g} stored bits per weight; the last of these layers gets "
-        "them only in the matrices that fit, in the order of the model.",
+        f"Four bits are assigned {why}, up to {settings.bits:g} stored bits per weight; the last of these {of_these} "
+        "gets them only in the matrices that fit, in the order of the model.",
         highlight=False,
     )
+
+
+def _of_four_bits(name: str, widths: list[int]) -> str:
+    """The end of a matrix's name; for a bank of experts with the number of those that have four bits."""
+    end, four = name.rsplit(".", 1)[-1], widths.count(4)
+    return end if len(widths) == four else f"{end} ({four} of {len(widths)} experts)"
 
 
 def explain_depth(plan: DepthPlan) -> None:

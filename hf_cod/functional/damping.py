@@ -38,3 +38,18 @@ def damped_cholesky(H: Tensor, damping: float) -> Tensor:
     raise ValueError(
         "activations: expected finite sums of products, got a matrix that is not positive definite with any damping"
     )
+
+
+def shrunk(H: Tensor, tokens: int) -> Tensor:
+    """H + (K / n) diag(H): the sum of products of n tokens, with K channels, moved towards uncorrelated channels.
+
+    Of few tokens, H has correlations that other tokens lack, and error compensation (GPTQ) with it loses more on these
+    than rounding without it. Measured on four matrices of SmolLM2-135M's MLPs in 3 bits, lost share of the energy on
+    held-out Brown text: at n = K 0.019 with this, 0.031 with H alone, 0.029 without compensation; at n = K / 4 0.022,
+    0.036, 0.029; at n = 4 K H alone is as good.
+
+    Args:
+        H: (K, K), symmetric; not modified.
+        tokens: n, at least 1.
+    """
+    return H + torch.diag(H.diagonal() * (len(H) / tokens))

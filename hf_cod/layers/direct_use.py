@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
+from hf_cod.layers.watched_experts import watch_experts
 from hf_cod.layers.watched_weights import Watched, is_watched, version_of, watch
 
 UNCALLED = "the model uses its weight without calling it"
@@ -51,6 +52,7 @@ class DirectUse:
         tokens_first, without_gradients: names of layers, see `LayerCalls`.
         no_tensors: names of Linear-like modules whose output is no tensor.
         in_training: as `reasons`, in train mode: Mamba reads more matrices there, for its kernels.
+        unpackable: name of a matrix of a bank of experts -> why it cannot be stored packed (`watched_experts.py`).
         unseen: names of Linear-like modules that did not run on the input, such as those of a vision tower on text, and
             none of whose place in a module of the same class did. Nothing is known of them.
     """
@@ -64,6 +66,7 @@ class DirectUse:
     without_gradients: Sequence[str] = ()
     no_tensors: Sequence[str] = ()
     in_training: Mapping[str, str] = field(default_factory=dict)
+    unpackable: Mapping[str, str] = field(default_factory=dict)
     unseen: Sequence[str] = ()
 
     def notes_on(self, stack: DecoderLayers) -> list[str]:
@@ -208,7 +211,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         block.enter_context(_without_cache(model))
         block.enter_context(random_state_restored(model))
         _prepare(model, training)
-        block.enter_context(on_zeros(model) if zeros else nullcontext())
+        unpackable = block.enter_context(on_zeros(model)) if zeros else {} if training else watch_experts(model)
         named = {name.lstrip("."): m for name, m in walk(model, "") if is_watched(m)}
         each = {module: watch(module, block) for module in named.values()}  # a module may have two names
         watched = {name: each[module] for name, module in named.items()}
@@ -235,6 +238,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         tokens_first=calls.tokens_first,
         without_gradients=calls.without_gradients,
         no_tensors=[name for name, parameters in watched.items() if parameters.no_tensor],
+        unpackable=unpackable,
         unseen=_unseen(model, watched),
     )
 

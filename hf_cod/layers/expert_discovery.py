@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from hf_cod.layers.experts import ExpertMatrix, ExpertSet, ListedMatrix, Router, counts_of, expert_matrices, is_top_k
+from hf_cod.layers.expert_counts import counts_of, is_top_k
+from hf_cod.layers.experts import ExpertMatrix, ExpertSet, ListedMatrix, Router, expert_matrices
 from hf_cod.layers.modules import is_linear_like, walk
 from hf_cod.layers.orientation import shape_of
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.layers.expert_parameters import ExpertParameter, ExpertView
 from hf_cod.layers.experts import ExpertMatrix, ExpertSet
 from hf_cod.layers.followed_rows import FollowedRows, Rows
 
@@ -227,7 +228,7 @@ class _Products(FollowedRows):
     def _matrix_of(self, W: Any) -> tuple[ExpertSet, ExpertMatrix, int | None, bool] | None:
         """(experts, matrix, expert or None for all of them, whether it is turned) of a view of a parameter."""
         for experts, matrix in self._watched:
-            found = matrix.place_of(W) if isinstance(W, Tensor) else None
+            found = matrix.place_of(W) if isinstance(W, (Tensor, ExpertParameter, ExpertView)) else None
             if found is not None:
                 return experts, matrix, *found
         return None

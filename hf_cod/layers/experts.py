@@ -13,7 +13,6 @@ which tokens enter an expert; `expert_discovery.py` finds the experts of a layer
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,11 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from hf_cod.layers.expert_counts import counts_of
+from hf_cod.layers.expert_parameters import ExpertParameter, ExpertView
 from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of, turned
 from hf_cod.layers.weights import weight_of
-
-# Attributes that count the experts of a stack of 2-D parameters: "num_experts", "moe_num_experts", "n_routed_experts".
-_COUNTS = re.compile(r"(^|_)(num|n|total)_(\w+_)?experts")
-# Attributes that say to how many experts a token is routed: "top_k", "moe_topk", "num_experts_per_tok".
-_TOP_K = re.compile(r"top_?k$|^(moe_)?k$|(^|_)num_experts_per_tok(en)?$|(^|_)num_selected_experts$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +53,7 @@ class ExpertMatrix:
 
     @property
     def parameter(self) -> Any:
-        """The parameter as it is stored."""
+        """The parameter as it is stored; an `ExpertParameter` if it is packed."""
         return getattr(self.module, self.key)
 
     @property
@@ -72,13 +68,20 @@ class ExpertMatrix:
         return getattr(self.module, f"{self.key}_bias", None)
 
     def weights(self) -> Tensor:
-        """(experts, out, in): a view of the parameter, which must be in memory."""
-        stored = self.parameter.detach()
+        """(experts, out, in): a view of the parameter, which must be in memory; decoded, if it is packed."""
+        if isinstance(self.parameter, ExpertParameter):
+            return torch.stack([*self.parameter.unpack()])
+        return self.matrices_of(self.parameter.detach())
+
+    def matrices_of(self, stored: Tensor) -> Tensor:
+        """(experts, out, in): a view of a tensor that has the shape of the parameter."""
         blocks = stored.view(self.experts, *_block(stored, self.experts))
         return blocks.mT if self.transposed else blocks
 
     def read(self, expert: int) -> Tensor:
-        """(out, in): the weight of one expert; a view, if the parameter is in memory."""
+        """(out, in): the weight of one expert; a view, if the parameter is in memory; decoded, if it is packed."""
+        if isinstance(self.parameter, ExpertParameter):
+            return self.parameter.decoded(self.parameter(), expert, torch.float32)
         with align_module_device(self.module):
             return self.weights()[expert]
 
@@ -92,9 +95,14 @@ class ExpertMatrix:
         check_weight_in_memory(self.name, self.parameter)
         self.weights()[expert].copy_(W)
 
-    def place_of(self, W: Tensor) -> tuple[int | None, bool] | None:
-        """(expert, or None for all of them; whether it is turned) if a tensor is a view of the parameter, else None."""
+    def place_of(self, W: Any) -> tuple[int | None, bool] | None:
+        """(expert, or None for all of them; whether it is turned) if this is a view of the parameter, else None."""
         p = self.parameter
+        if W is p:
+            return None, False
+        if isinstance(W, ExpertView) or isinstance(p, ExpertParameter):
+            mine = isinstance(W, ExpertView) and W.parameter is p and not isinstance(W.chosen, Tensor)
+            return (W.chosen, W.turned) if mine else None
         if W.dim() not in (2, 3) or W.is_meta or p.device != W.device:
             return None
         place, stored = W.data_ptr() - p.data_ptr(), _block(p, self.experts)
@@ -235,25 +243,13 @@ def expert_matrices(modules: Iterable[tuple[str, nn.Module]]) -> list[ExpertMatr
     return [matrix for name, module in modules for matrix in _of_bank(name, module)]
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module is a bank or a stack of experts."""
-    return bool(_of_bank("", module))
-
-
-def counts_of(module: nn.Module) -> set[int]:
-    """The numbers of routed experts that a module counts in attributes."""
-    found = {key: value for key, value in vars(module).items() if _COUNTS.search(key) and type(value) is int}
-    return {value for key, value in found.items() if "shared" not in key}
-
-
-def counts_experts(name: str) -> bool:
-    """Whether an attribute or config field of this name counts the routed experts of a layer."""
-    return bool(_COUNTS.search(name)) and not is_top_k(name) and "shared" not in name
-
-
-def is_top_k(name: str) -> bool:
-    """Whether an attribute or config field of this name says to how many experts a token is routed."""
-    return bool(_TOP_K.search(name))
+def parameters_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """(key, parameter) of those that a module holds itself, packed ones in their places."""
+    found: list[tuple[str, Any]] = [*module.named_parameters(recurse=False)]
+    packed = [(key, child) for key, child in module.named_children() if isinstance(child, ExpertParameter)]
+    for key, child in sorted(packed, key=lambda one: one[1].place):
+        found.insert(child.place, (key, child))
+    return found
 
 
 def _of_bank(name: str, module: nn.Module) -> list[ExpertMatrix]:
@@ -262,7 +258,7 @@ def _of_bank(name: str, module: nn.Module) -> list[ExpertMatrix]:
     """
     if is_linear_like(module):
         return []
-    own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
+    own = {key: p for key, p in parameters_of(module) if p.dim() in (2, 3)}
     counts = {value for key, value in vars(module).items() if "expert" in key and type(value) is int}
     banked = {key: p for key, p in own.items() if p.dim() == 3 and p.shape[0] in counts}
     if banked:

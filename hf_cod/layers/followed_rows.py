@@ -59,7 +59,7 @@ class FollowedRows(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         follow = _FOLLOWED.get(getattr(func, "__name__", ""))
         if follow is not None:
-            follow(self, out, *args, **(kwargs or {}))
+            follow(self, out, *args, **{name: value for name, value in (kwargs or {}).items() if name != "out"})
         return out
 
     def _product(self, out: Any, x: Any, W: Any, *_: Any, **__: Any) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.layers.experts import holds_experts
-from hf_cod.layers.running import hidden_input
+from hf_cod.layers.watched_experts import watch_experts
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -19,19 +18,19 @@ def is_on_meta(model: nn.Module) -> bool:
 
 
 @contextmanager
-def on_zeros(model: nn.Module) -> Iterator[None]:
-    """In the block, tensors on the meta device are zeros on the CPU that take no memory, and banks of experts return 0.
+def on_zeros(model: nn.Module) -> Iterator[dict[str, str]]:
+    """In the block, tensors on the meta device are zeros on the CPU that take no memory, and the matrices of banks of
+    experts, whose kernels require memory for each weight, are watched ones: yields what `watch_experts` returns.
 
     Some models read a value, such as that of a mask, which the meta device does not have.
     """
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     for module in model.modules():
+        vars(module)["_modules"] = dict(vars(module)["_modules"])
         for kind in ("_parameters", "_buffers"):
             vars(module)[kind] = {name: _zeros(tensor) for name, tensor in vars(module)[kind].items()}
-        if holds_experts(module):  # their kernels require memory for each weight
-            module.forward = lambda *args, **kwargs: torch.zeros_like(hidden_input(args, kwargs))
     try:
-        yield
+        yield watch_experts(model)
     finally:
         for attributes, values in before:
             attributes.clear()

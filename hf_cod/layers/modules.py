@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from hf_cod.layers.expert_parameters import ExpertParameter
 from hf_cod.layers.orientation import is_linear
 
 
@@ -20,11 +21,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """`module` and all its submodules; of an adapter or compiled module only the wrapped one, under the bare name."""
+    """`module` and all its submodules; of an adapter or compiled module only the wrapped one, under the bare name.
+
+    Packed matrices of experts, which stand in the place of a parameter, are no submodules.
+    """
     for inner in ("base_layer", "_orig_mod"):
         if isinstance(getattr(module, inner, None), nn.Module):
             yield from walk(getattr(module, inner), name)
             return
     yield name, module
     for child_name, child in module.named_children():
-        yield from walk(child, f"{name}.{child_name}")
+        if not isinstance(child, ExpertParameter):
+            yield from walk(child, f"{name}.{child_name}")

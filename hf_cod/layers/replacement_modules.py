@@ -20,13 +20,16 @@ INSTALL = "pip install hf_cod, then import hf_cod before from_pretrained"
 _SIGN = "this_checkpoint_needs_pip_install_hf_cod_then_import_hf_cod"
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where the submodule `name` was."""
+def replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
+    """Puts `module` where the submodule, or the parameter, `name` was."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    around = model.get_submodule(parent)
+    if isinstance(getattr(around, child), nn.Module) != isinstance(module, nn.Module):
+        delattr(around, child)  # a module is not set in the place of a parameter, nor the reverse
+    setattr(around, child, module)
 
 
-def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
+def names_in(model: Any, recorded: Iterable[str], parameters: Iterable[str] = ()) -> dict[str, str]:
     """Maps module names in a checkpoint to names in a model of the same class, or of another with or without a head.
 
     In a base model the names lack the prefix (`base_model_prefix`) of a model with a head; transformers renames tensors
@@ -35,6 +38,7 @@ def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
     Args:
         model: the model that the checkpoint is loaded into; its config names the saved class.
         recorded: names in the saved model.
+        parameters: names of parameters in `model` in whose place the saved model had modules.
 
     Returns:
         Recorded name -> name in `model`, without heads that `model` lacks.
@@ -46,7 +50,7 @@ def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
     mine = type(model).__name__
     of_another = mine not in (getattr(model.config, "architectures", None) or [mine])
     with_head = any(name.startswith(prefix) for name in names)
-    places = {name for name, _ in model.named_modules()}
+    places = {name for name, _ in model.named_modules()} | {*parameters}
     found = {}
     for name in names:
         place = next((p for p in (name, name.removeprefix(prefix), prefix + name) if p in places), None)

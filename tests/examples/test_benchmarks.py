@@ -10,11 +10,14 @@ import pytest
 from hf_cod.io.models import embedded_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TEXT = EXAMPLES.parent / "hf_cod" / "assets" / "persuasion.txt"
 MODEL = ["--model", str(embedded_model("pre"))]
 SAMPLES = ["--sequence-length", "32", "--calibration-samples", "4"]
 QUICK = {
     "benchmarks/callback.py": "--batch 2 --tokens 16 --steps 4 --every 2 --rounds 1",
     "benchmarks/diagnose.py": "--batch-size 2 --sequence-length 16 --rounds 1 --slow-rounds 1",
+    "benchmarks/experts.py": "--experts 2 --top-k 1 --hidden 64 --intermediate 64 --tokens 1 4 --rounds 1",
+    "benchmarks/few_tokens.py": f"--layers 1 --rows 4 --samples 12 --text {TEXT}",
     "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
     "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns",
     "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
@@ -26,7 +29,7 @@ QUICK = {
     "width_table.py": "--methods magnitude --scores uniform --removed 0.2 --tuning-samples 2 --report-samples 2",
     "depth_table.py": "--criteria angular --layers 1 --tuning-samples 2 --report-samples 2",
 }
-ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/owl.py", "benchmarks/smaller.py")
+ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/few_tokens.py", "benchmarks/owl.py", "benchmarks/smaller.py")
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_cod.functional.damping import MORE_DAMPING, damped_cholesky
+from hf_cod.functional.damping import MORE_DAMPING, damped_cholesky, shrunk
 
 
 def test_the_factor_of_a_damped_matrix():
@@ -29,3 +29,13 @@ def test_damping_grows_until_the_matrix_is_definite():
 def test_what_no_damping_mends():
     with pytest.raises(ValueError, match="activations: expected finite sums of products"):
         damped_cholesky(torch.full((2, 2), float("nan")), 0.1)
+
+
+def test_sums_of_few_tokens_are_moved_towards_their_diagonal():
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    H = x.T @ x
+    found = shrunk(H, 3)
+    for i in range(6):
+        for j in range(6):
+            assert abs(float(found[i, j]) - float(H[i, j]) * (3 if i == j else 1)) < 1e-12
+    assert torch.linalg.eigvalsh(found)[0] > 1e-3 > torch.linalg.eigvalsh(H)[0]

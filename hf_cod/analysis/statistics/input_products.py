@@ -4,6 +4,7 @@ together with sums of the inputs, the statistics for removing columns of a matri
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -34,6 +35,7 @@ class ProductsRecorder:
     def __init__(self, stack: DecoderLayers, layers: Iterable[int]) -> None:
         self._inputs = MatrixInputs(stack, layers, self._read)
         self._products: dict[tuple[str | int, int | None], Tensor] = {}
+        self._tokens: Counter[tuple[str, int]] = Counter()  # of each matrix of each expert
         # Matrix -> the number of its sum. Those that had the same inputs in all passes have one number.
         self._sum_of: dict[str, int] = {}
         # The last input, the matrices that have read it, and the sums that it was added to: number -> whether new.
@@ -60,8 +62,13 @@ class ProductsRecorder:
         """(in, in): the sum of a matrix, or of one of its experts; None if it received no tokens."""
         return self._products.get((self._sum_of.get(name, name), expert))
 
+    def count(self, name: str, expert: int) -> int:
+        """The number of tokens that entered a matrix of an expert."""
+        return self._tokens[name, expert]
+
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
         if expert is not None:
+            self._tokens[name, expert] += 0 if rows is None else len(rows)
             self._add(name, expert, rows)
             return
         if rows is not None:

@@ -14,6 +14,7 @@ from hf_cod.functional.bits import BITS
 from hf_cod.io.module_names import Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK
+from hf_cod.scoring.settings import EXPERT_METHODS as EXPERTS
 from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hf_cod.io.report import RunReport
     from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
+    from hf_cod.scoring.expert_scores import ExpertScores
 
 # Method of rounding -> description.
 ROUNDINGS = {
@@ -44,6 +46,16 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         metadata={
             "help": f"score of layers; those with the highest scores get four bits: {', '.join(SCORES)}; default: "
             f"{DEFAULT_SCORE}, or {BY_VALUE} with --rounding weighted or nearest"
+        },
+    )
+    experts: str | None = field(
+        default=None,
+        metadata={
+            "help": "score of single experts of a mixture of experts: "
+            + ", ".join(EXPERTS)
+            + ". What all tokens enter (attention, shared experts) gets four bits first, then the experts with the "
+            "highest scores of all layers (default: experts get the bits of their layer)",
+            "choices": list(EXPERTS),
         },
     )
     rounding: str = field(
@@ -80,6 +92,12 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
             default = DEFAULT_SCORE if self.rounding == "compensated" else BY_VALUE
             self.score = DefaultName(self.implied_score or default)
         check_choice("score", self.score, SCORES)
+        if self.experts is not None:
+            check_choice("experts", self.experts, EXPERTS)
+            if not self.mixed:
+                raise ValueError(
+                    f"experts: expected none with bits {self.bits:g}, which uses no scores, got {self.experts}"
+                )
 
     @property
     def mixed(self) -> bool:
@@ -116,12 +134,13 @@ class Quantize(Step):
     command, done, rival = "quantize", "quantized", "three"
 
     def identity(self) -> Any:
-        """The settings; without `force`, which version 0.1 did not have, those of that version."""
-        return {name: value for name, value in super().identity().items() if name != "force" or value}
+        """The settings; without `force` and `experts`, which version 0.1 did not have, those of that version."""
+        return {name: value for name, value in super().identity().items() if name not in ("force", "experts") or value}
 
     def __init__(self, settings: QuantizeOptions) -> None:
         super().__init__(settings)
         self._planned: LayerAllocation | None = None
+        self._experts: ExpertScores | None = None
 
     def check(self, work: Work) -> None:
         """Checks that a mixture with these bits exists for the shapes of the model, and that it can be loaded again."""
@@ -139,12 +158,18 @@ class Quantize(Step):
         if chosen.mixed:
             tried = "pruner" in SCORES[str(chosen.score)].settings
             work.score(str(chosen.score), **({"pruner": CODEBOOK, "target": chosen.bits} if tried else {}))
+        if chosen.experts is not None:
+            from hf_cod.scoring.expert_methods import score_experts
+
+            where = {"layers_path": chosen.layers_path, "show_progress": True}
+            self._experts = score_experts(work.model, method=chosen.experts, batches=work.calibration, **where)
         if chosen.explain:
             from hf_cod.cli.explained import explain_bits
 
-            explain_bits(self._stack(work), chosen, work.scores)
+            explain_bits(self._stack(work), chosen, work.scores, self._experts)
         scores = work.scores if chosen.mixed else None
-        plan = plan_bits(self._stack(work), chosen.bits, self._storage(), scores, chosen.skip)
+        stack, storage = self._stack(work), self._storage()
+        plan = plan_bits(stack, chosen.bits, storage, scores, chosen.skip, expert_scores=self._experts)
         method = scores.method if scores else "uniform"
         self._planned = as_allocation(work.stack, plan, self._storage(), method)
         return self._planned
@@ -160,7 +185,9 @@ class Quantize(Step):
         from hf_cod.compression.quantization.quantize import quantize
 
         path, more = self.settings.layers_path, dict[str, Any](name=work.name)
-        bits: dict[str, Any] = {"bits": plan} if isinstance(plan, float) else {"allocation": plan}
+        bits: dict[str, Any] = {"bits": plan}
+        if not isinstance(plan, float):
+            bits = {"allocation": plan, "expert_scores": self._experts}
         config = OwlBnbConfig(skip=self.settings.skip, **given_names(self.settings), **bits, **asdict(self._storage()))
         if self.settings.rounding == "weighted":
             statistics = collect_statistics(work.model, work.calibration, layers_path=path, show_progress=True)
@@ -183,12 +210,13 @@ class Quantize(Step):
         return {} if self.settings.mixed else {"score": None}
 
     def files(self, plan: LayerAllocation | float) -> dict[str, Any]:
-        """The bits of each layer."""
+        """The bits of each layer, and the scores of experts by which they were chosen."""
         if isinstance(plan, float):
             assert self._planned is not None
             alike = [plan] * len(self._planned.values)
             plan = replace(self._planned, budget=plan, values=alike, method="uniform")
-        return {"allocation.json": plan}
+        scores = {} if self._experts is None else {"expert_scores.json": self._experts}
+        return {"allocation.json": plan, **scores}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """The summary, with the perplexities of all layers at three and at four bits."""

@@ -21,6 +21,7 @@ from hf_cod.compression.quantization.bnb_decoding import (
 )
 from hf_cod.compression.quantization.bnb_decoding import Linear4bit as StockLinear4bit
 from hf_cod.compression.quantization.format import prepared, stored_columns
+from hf_cod.compression.quantization.product import Scales
 from hf_cod.compression.quantization.scales import NESTED_BLOCK, BlockScales
 
 
@@ -95,14 +96,8 @@ class Linear4bit(StockLinear4bit):
         return matmul_4bit(computed, self.weight, state, bias=bias).to(x.dtype)
 
     def _state(self) -> QuantState:
-        """The scales as bitsandbytes' QuantState, without a copy."""
-        absmax, nested, offset = self.scales()
-        code, shape = _nf4_code(absmax.device), torch.Size((self.out_features, self.columns))
-        inner = None
-        if nested is not None:
-            inner = QuantState(nested, code=dynamic_code(nested.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
-        dtype = self.compute_dtype or torch.float32
-        return QuantState(absmax, shape, code, self.block, "nf4", dtype, offset, inner)
+        shape = self.out_features, self.columns
+        return quant_state(self.scales(), shape, self.block, self.compute_dtype or torch.float32)
 
     @torch.no_grad()
     def _adopt(self) -> None:
@@ -134,6 +129,24 @@ class Linear4bit(StockLinear4bit):
     def extra_repr(self) -> str:
         """The description in `print(model)`."""
         return f"{nn.Linear.extra_repr(self)}, bits={self.bits}, block={self.block}"
+
+
+def product_4bit(x: Tensor, codes: Tensor, scales: Scales, block: int) -> Tensor:
+    """x (..., K) times W^T, of codes (N, K / 2) and their scales: (..., N)."""
+    if x.dtype not in DECODED:
+        return nn.functional.linear(x, dequantize_nf4(codes, dequantize_scales(*scales), block, x.dtype))
+    state = quant_state(scales, (len(codes), x.shape[-1]), block, x.dtype)
+    return matmul_4bit(x, codes.view(-1, 1), state)
+
+
+def quant_state(scales: Scales, shape: tuple[int, int], block: int, dtype: torch.dtype) -> QuantState:
+    """The scales of a matrix (N, K) as bitsandbytes' QuantState, without a copy."""
+    absmax, nested, offset = scales
+    code = _nf4_code(absmax.device)
+    inner = None
+    if nested is not None:
+        inner = QuantState(nested, code=dynamic_code(nested.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return QuantState(absmax, torch.Size(shape), code, block, "nf4", dtype, offset, inner)
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields, check_mixture
+from hf_cod.compression.quantization.widths import Width, is_width
 from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked, shown
@@ -20,11 +21,17 @@ from hf_cod.io.schema import brief, check_fields
 from hf_cod.io.settings import SampleFields, check_effect
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.expert_scores import ExpertScores
 from hf_cod.scoring.layer_scores import LayerScores
 
 METHOD = "owl_bnb"
 # Used for quantizing, and not saved in config.json.
-_NOT_SAVED: dict[str, Any] = {"scores": LayerScores, "allocation": LayerAllocation, "statistics": LayerStatistics}
+_NOT_SAVED: dict[str, Any] = {
+    "scores": LayerScores,
+    "allocation": LayerAllocation,
+    "statistics": LayerStatistics,
+    "expert_scores": ExpertScores,
+}
 
 
 @checked
@@ -43,13 +50,17 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
             first, as the Curse of Depth suggests for models without scores; that is worse than a measured score.
         allocation: LayerAllocation of bits or its file, instead of bits and scores: 3 or 4 for each layer, or a value
             between them for a layer with matrices of both widths.
+        expert_scores: ExpertScores or their file: what all tokens enter (attention, shared experts) gets four bits
+            first, then the experts with the highest scores of all layers. With an allocation they decide within each
+            layer.
         statistics: LayerStatistics or their file; with them the search for scales minimizes the error of the outputs.
         skip: parts of module names; matching matrices are not quantized.
         include, exclude: the matrices to quantize, as PEFT's target_modules and exclude_modules. Routers, gates of one
             row and latent projections are quantized only if `include` matches them.
         compute_dtype: torch.dtype or its name in which inputs and decoded weights are multiplied; None: the input's.
         score: the score that was used; filled in.
-        modules: name -> bits of each quantized matrix; filled in.
+        modules: name -> bits of each quantized matrix; of the matrices of a bank of experts, which are named after
+            their parameter, 3, 4 or a digit for each expert ("3343"); filled in.
         quant_method: the name under which this package is registered in transformers.
         install: an instruction for loading without this package installed; saved in config.json.
     """
@@ -59,9 +70,10 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
     scores: Any = None
     allocation: Any = None
     statistics: Any = None
+    expert_scores: Any = None
     compute_dtype: Any = None
     score: str | None = None
-    modules: dict[str, int] = field(default_factory=dict)
+    modules: dict[str, Width] = field(default_factory=dict)
     quant_method: Any = METHOD
     install: str = INSTALL
 
@@ -79,7 +91,7 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
             check_effect(self, FIELDS, "modules, which are the matrices to quantize")
         else:  # a stored config has the bits that resulted
             self._check_bits()
-        wrong = {name: bits for name, bits in self.modules.items() if bits not in BITS}
+        wrong = {name: bits for name, bits in self.modules.items() if not is_width(bits)}
         if wrong:
             raise ValueError(f"modules: expected {' or '.join(map(str, BITS))} bits each, got {wrong}")
 
@@ -91,8 +103,11 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
             check_effect(self, ["bits"], "an allocation, which has the bits of each layer")
             return
         check_mixture(self.bits, self)
-        if self.scores is not None and self.bits in BITS:
-            raise ValueError(f"scores: expected none with bits {self.bits:g}, which uses no scores, got LayerScores")
+        for name in ("scores", "expert_scores"):
+            value = getattr(self, name)
+            if value is not None and self.bits in BITS:
+                kind = type(value).__name__
+                raise ValueError(f"{name}: expected none with bits {self.bits:g}, which uses no scores, got {kind}")
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in config.json."""
@@ -111,9 +126,10 @@ class QuantizeFields(ModuleFields, StorageFields, SampleFields, total=False):
     scores: Any
     allocation: Any
     statistics: Any
+    expert_scores: Any
     compute_dtype: Any
     score: str | None
-    modules: dict[str, int]
+    modules: dict[str, Width]
     install: str
 
 
@@ -133,5 +149,5 @@ def _compute_dtype(given: Any) -> torch.dtype | None:
 
 def score_of(config: OwlBnbConfig) -> str | None:
     """The name of the score by which bits are distributed; None if there is none."""
-    found = config.allocation or config.scores
+    found = config.allocation or config.scores or config.expert_scores
     return found.method if found is not None else config.score

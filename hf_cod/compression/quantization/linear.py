@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_cod.compression.quantization.codes import Codes, shown
 from hf_cod.compression.quantization.format import prepared, stored_columns
-from hf_cod.compression.quantization.product import decoded_rows, linear_3bit, multiply
+from hf_cod.compression.quantization.product import decoded_rows, linear
 from hf_cod.compression.quantization.scales import BlockScales
 
 
@@ -65,11 +65,7 @@ class Linear3bit(nn.Linear):
         """x (..., in_features) -> (..., out_features), in x's dtype."""
         x = prepared(input, self.in_features, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        tensors = x, self._planes, *self.scales(), self.block, bias
-        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        # Only autograd and torch.compile need the operator; its overhead is as long as a small product.
-        product = linear_3bit if learns or torch.compiler.is_compiling() else multiply
-        return product(*tensors).to(input.dtype)
+        return linear(x, self._planes, self.scales(), self.block, bias).to(input.dtype)
 
     @property
     def _planes(self) -> Tensor:

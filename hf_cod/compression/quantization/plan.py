@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import nn
 
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
-from hf_cod.compression.quantization.format import stored_columns
-from hf_cod.compression.quantization.scales import NESTED_BLOCK
+from hf_cod.compression.quantization.quantizable import quantizable
 from hf_cod.compression.quantization.settings import StorageFields, StorageSettings
+from hf_cod.compression.quantization.units import FEW, MANY, Unit, Units
+from hf_cod.compression.quantization.widths import Size, Width, count_codes, is_width, stored_bits, widths_of
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
-from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.module_choice import choose_modules
-from hf_cod.layers.orientation import is_plain, shape_of
-from hf_cod.layers.sensitive_modules import sensitive_modules
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.expert_scores import ExpertScores
 from hf_cod.scoring.layer_scores import LayerScores
 
-FEW, MANY = min(BITS), max(BITS)
 # Tolerance for a budget that the user rounded, in bits a weight.
 _TOLERANCE = 0.02
 
@@ -37,50 +35,35 @@ class BitPlan:
     """Bits of each matrix.
 
     Attributes:
-        bits: name -> 3 or 4, in the order of the model.
-        sizes: name -> (out, in).
+        bits: name -> 3 or 4, in the order of the model; for the experts of a bank also a digit for each ("3343").
+        sizes: name -> (out, in), or (experts, out, in) of a bank.
         stored: stored bits a weight, scales included, over all of these matrices.
         left: name -> the reason why a matrix of the layers is not quantized.
     """
 
-    bits: dict[str, int]
-    sizes: dict[str, tuple[int, int]]
+    bits: dict[str, Width]
+    sizes: dict[str, Size]
     stored: float
     left: dict[str, str]
 
+    @property
+    def weights(self) -> int:
+        """Number of weights of these matrices."""
+        return sum(map(math.prod, self.sizes.values()))
 
-def stored_bits(size: tuple[int, int], bits: int, storage: StorageSettings) -> int:
-    """The number of bits of a matrix (out, in) in a file: codes, scales, and the scales of scales."""
-    weights = _codes(size, storage)
-    count = weights // storage.block
-    nested = (count + NESTED_BLOCK - 1) // NESTED_BLOCK
-    return weights * bits + (8 * count + 32 * (nested + 1) if storage.double_quant else 32 * count)
+    def names(self, stack: DecoderLayers, index: int) -> list[str]:
+        """The quantized matrices of a layer."""
+        return [name for name in stack.input_shapes(index) if name in self.bits]
 
+    def widths(self, name: str) -> list[int]:
+        """The bits of each expert of a bank; of another matrix one number."""
+        size = self.sizes[name]
+        return widths_of(self.bits[name], size[0] if len(size) == 3 else 1)
 
-def quantizable(
-    stack: DecoderLayers, storage: StorageSettings, skip: Sequence[str] = ()
-) -> tuple[list[dict[str, tuple[int, int]]], dict[str, str]]:
-    """Name -> (out, in) of the quantizable matrices of each layer; and name -> the reason, for all other matrices that
-    `stack` lists. Routers, gates and latent projections are quantizable if `stack` includes them by name.
-    """
-    layers: list[dict[str, tuple[int, int]]] = []
-    use = direct_use(stack.model)
-    sensitive = sensitive_modules(stack, use.latent)
-    left: dict[str, str] = {}
-    owners = Counter(id(p) for _, p in stack.model.named_parameters(remove_duplicate=False))
-    for index in range(len(stack)):
-        layers.append({})
-        for name, module in stack.linears(index).items():
-            size, reason = shape_of(module), _reason(name, module, skip, owners) or use.reasons.get(name)
-            if name not in stack.included:
-                reason = reason or sensitive.get(name)
-            if reason:
-                left[name] = reason
-            else:
-                layers[-1][name] = size
-        for matrix in stack.expert_matrices(index):
-            left[matrix.bank] = f"experts in one {matrix.parameter.dim()}-D parameter"
-    return layers, left
+    def mean_bits(self, name: str) -> float:
+        """The mean of `widths`."""
+        widths = self.widths(name)
+        return sum(widths) / len(widths)
 
 
 @renamed(storage="settings")
@@ -95,13 +78,17 @@ def plan_bits(
     include: Names = None,
     exclude: Names = None,
     layers_path: str | None = None,
+    expert_scores: ExpertScores | None = None,
     **fields: Unpack[StorageFields],
 ) -> BitPlan:
     """Gives four bits to the layers with the highest scores, as far as the budget of stored bits allows.
 
     Of layers with equal scores, the earlier one comes first; without scores all are equal. In the layer at which the
-    budget is exhausted, some matrices get four bits, in the order of the model. The stored size therefore meets the
-    budget within the size of one matrix.
+    budget is exhausted, some matrices get four bits, in the order of the model, those of experts expert by expert. The
+    stored size therefore meets the budget within the size of one matrix.
+
+    With scores of experts, the matrices that all tokens enter (attention, shared experts) get four bits first, layer by
+    layer, then the experts with the highest scores of all layers.
 
     Args:
         model: a transformers model, or its layers; it is not changed.
@@ -112,6 +99,7 @@ def plan_bits(
         include, exclude: the matrices to quantize, as PEFT's target_modules and exclude_modules. Routers, gates of one
             row and latent projections are quantized only if `include` matches them.
         layers_path: module name of the layer stack, if it cannot be found automatically.
+        expert_scores: of this model, from `score_experts`.
         **fields: or fields of `StorageSettings` by name: block, double_quant.
 
     Raises:
@@ -126,7 +114,9 @@ def plan_bits(
         raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none: {left}")
     if scores is not None:
         _check_scores(scores, stack)
-    weights = sum(n * k for n, k in sizes.values())
+    if expert_scores is not None:
+        expert_scores.check(stack)
+    weights = sum(map(math.prod, sizes.values()))
     least, most = (sum(stored_bits(size, width, storage) for size in sizes.values()) for width in BITS)
     ends: dict[float, float] = {FEW: least, MANY: most}
     budget = ends.get(bits, bits * weights)
@@ -136,19 +126,26 @@ def plan_bits(
             f"included, got {bits}"
         )
     values = [0.0] * len(stack) if scores is None else scores.values
-    chosen = dict.fromkeys(sizes, FEW)
-    spent = least
-    for index in sorted(range(len(stack)), key=lambda i: -values[i]):
-        whole = True
-        for name, size in layers[index].items():
-            more = stored_bits(size, MANY, storage) - stored_bits(size, FEW, storage)
-            if spent + more <= budget:
-                chosen[name], spent = MANY, spent + more
-            else:
-                whole = False
-        if not whole:
+    units = Units(stack, layers, expert_scores)
+    many, spent = _within_budget(units, units.groups(values), budget - least, storage)
+    return BitPlan(units.bits(many), sizes, (least + spent) / weights, left)
+
+
+def _within_budget(
+    units: Units, groups: Sequence[Sequence[Unit]], budget: float, storage: StorageSettings
+) -> tuple[set[Unit], int]:
+    """(The units that get four bits, what they cost): whole groups, and of the next one what fits."""
+    many: set[Unit] = set()
+    spent = 0
+    for group in groups:
+        for unit in group:
+            price = units.price(unit, storage)
+            if spent + price <= budget:
+                many.add(unit)
+                spent += price
+        if not many.issuperset(group):
             break
-    return BitPlan(chosen, sizes, spent / weights, left)
+    return many, spent
 
 
 def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
@@ -164,7 +161,7 @@ def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
     if config.modules:
         return plan_of(stack, config.modules, config)
     if config.allocation is None:
-        return plan_bits(stack, config.bits, config, config.scores, config.skip)
+        return plan_bits(stack, config.bits, config, config.scores, config.skip, expert_scores=config.expert_scores)
     kind, values = config.allocation.kind, config.allocation.values
     if kind != "bits" or len(values) != len(stack):
         raise ValueError(
@@ -173,8 +170,11 @@ def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
         )
     check_sizes("allocation", config.allocation.model, config.allocation.sizes, stack)
     layers, _ = quantizable(stack, config, config.skip)
-    bits = {n: v for value, sizes in zip(values, layers, strict=True) for n, v in _within(sizes, value, config).items()}
-    return plan_of(stack, bits, config)
+    if config.expert_scores is not None:
+        config.expert_scores.check(stack)
+    units = Units(stack, layers, config.expert_scores)
+    many = {unit for index, value in enumerate(values) for unit in _within(units, units.of_layer(index), value, config)}
+    return plan_of(stack, units.bits(many), config)
 
 
 def as_allocation(
@@ -191,31 +191,31 @@ def as_allocation(
     """
     values, parameters = [], []
     for index in range(len(stack)):
-        names = [name for name in stack.linears(index) if name in plan.bits]
-        codes = {name: _codes(plan.sizes[name], storage) for name in names}
-        spent = sum(plan.bits[name] * codes[name] for name in names)
-        values.append(spent / sum(codes.values()) if names else float(FEW))
-        parameters.append(sum(plan.sizes[name][0] * plan.sizes[name][1] for name in names))
+        names = plan.names(stack, index)
+        codes = sum(count_codes(plan.sizes[name], storage) for name in names)
+        spent = sum(plan.mean_bits(name) * count_codes(plan.sizes[name], storage) for name in names)
+        values.append(spent / codes if names else float(FEW))
+        parameters.append(sum(math.prod(plan.sizes[name]) for name in names))
     mean = sum(v * n for v, n in zip(values, parameters, strict=True)) / sum(parameters)
     return LayerAllocation("bits", mean, values, parameters, method, model=name_of(stack), sizes=sizes_of(stack))
 
 
-def _within(sizes: Mapping[str, tuple[int, int]], value: float, storage: StorageSettings) -> dict[str, float]:
-    """Bits of each matrix of a layer; for a value between 3 and 4, matrices get four in model order while they fit."""
-    if not FEW < value < MANY:
-        return dict.fromkeys(sizes, value)
-    codes = {name: _codes(size, storage) for name, size in sizes.items()}
+def _within(units: Units, layer: Sequence[Unit], value: float, storage: StorageSettings) -> set[Unit]:
+    """The units of a layer that get four bits for a mean of `value`: in order, while they fit.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if layer and not FEW <= value <= MANY:
+        raise ValueError(f"bits: expected 3 or 4, got {value:g} for {layer[0][0]}")
+    codes = {unit: units.count_codes(unit, storage) for unit in layer}
     left = (value - FEW) * sum(codes.values()) + 0.5  # of a code, for rounding
-    found: dict[str, float] = {}
-    for name, count in codes.items():
-        found[name] = MANY if count <= left else FEW
-        left -= count if found[name] == MANY else 0
+    found: set[Unit] = set()
+    for unit, count in codes.items():
+        if count <= left:
+            found.add(unit)
+            left -= count
     return found
-
-
-def _codes(size: tuple[int, int], storage: StorageSettings) -> int:
-    """The number of stored codes of a matrix (out, in), which is the cost in bits of one bit more per code."""
-    return size[0] * stored_columns(size[1], storage.block)
 
 
 def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:
@@ -230,6 +230,7 @@ def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:
         scores=None,
         allocation=None,
         statistics=None,
+        expert_scores=None,
         include=None,
         exclude=None,
     )
@@ -248,24 +249,25 @@ def what_is_lost(config: OwlBnbConfig, plan: BitPlan, calibrated: bool) -> list[
     return told
 
 
-def plan_of(stack: DecoderLayers, bits: Mapping[str, float], storage: StorageSettings) -> BitPlan:
+def plan_of(stack: DecoderLayers, bits: Mapping[str, Width], storage: StorageSettings) -> BitPlan:
     """A plan from the bits of each matrix by name.
 
     Raises:
-        ValueError: a name that is not a matrix of the layers, or that cannot be quantized; bits other than 3 and 4.
+        ValueError: a name that is not a matrix of the layers, or that cannot be quantized; bits other than 3 and 4, or
+            as many as there are no experts.
     """
     layers, left = quantizable(replace(stack, included=stack.included | bits.keys()), storage)
     known = {name: size for layer in layers for name, size in layer.items()}
     for name, width in bits.items():
         if name not in known:
             raise ValueError(f"bits: expected names of the layers' matrices, got {name!r}: {left.get(name, 'unknown')}")
-        if width not in BITS:
-            raise ValueError(f"bits: expected 3 or 4, got {width} for {name}")
+        experts = known[name][0] if len(known[name]) == 3 else 0
+        if not is_width(width, experts):
+            each = f", or a digit for each of {experts} experts" if experts else ""
+            raise ValueError(f"bits: expected 3 or 4{each}, got {width} for {name}")
     sizes = {name: known[name] for name in known if name in bits}
-    total = sum(stored_bits(size, int(bits[name]), storage) for name, size in sizes.items())
-    return BitPlan(
-        {name: int(bits[name]) for name in sizes}, sizes, total / sum(n * k for n, k in sizes.values()), left
-    )
+    total = sum(stored_bits(size, bits[name], storage) for name, size in sizes.items())
+    return BitPlan({name: bits[name] for name in sizes}, sizes, total / sum(map(math.prod, sizes.values())), left)
 
 
 def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
@@ -277,17 +279,3 @@ def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
                 f"scores: expected those of a model with {stack.count_weights(index):,} weights in layer {index}, "
                 f"got {weights:,} ({scores.model})"
             )
-
-
-def _reason(name: str, module: Any, skip: Sequence[str], owners: Counter[int]) -> str | None:
-    """The reason why a matrix cannot be quantized, or None."""
-    out, width = shape_of(module)
-    if any(part in name for part in skip):
-        return "skipped"
-    if not is_plain(module):
-        return f"a {type(module).__name__}, which computes something else than a Linear"
-    if owners[id(module.weight)] > 1:
-        return "it shares its weight with another module"
-    if not out * width:
-        return "it has no weights"
-    return None

@@ -20,6 +20,9 @@ from hf_cod.compression.quantization.native import native_kernel
 
 # Up to this number of tokens are multiplied directly from the planes, if there is a kernel.
 MOST_TOKENS = 16
+Scales = tuple[Tensor, "Tensor | None", "Tensor | None"]
+"""(absmax, nested_absmax, offset), as `BlockScales` returns them."""
+
 _FAST = (torch.float32, torch.bfloat16, torch.float16)
 # Number of weights that are decoded at a time on the CPU: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
@@ -32,19 +35,21 @@ def decoded_rows(
     offset: Tensor | None,
     block: int,
     dtype: torch.dtype,
+    bits: int = 3,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (slice of rows, these rows of W (n, K)) for all rows; all at once on devices other than the CPU.
 
     Args:
-        planes: (N, 3 K / 8), of `format.pack_planes`.
+        planes: (N, 3 K / 8), of `format.pack_planes`; of four bits (N, K / 2), of `format.pack_nibbles`.
         absmax, nested_absmax, offset: of `BlockScales`.
         block: number of weights that share a scale.
         dtype: of W.
+        bits: of the codes.
     """
     from hf_cod.compression.quantization.bnb_decoding import dequantize_nf4, dequantize_scales
 
-    K = planes.shape[1] * 8 // 3
-    kernel = native_kernel(planes, block)
+    K = planes.shape[1] * 8 // bits
+    kernel = native_kernel(planes, block, bits)
     scales = None if kernel else dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
     on_cpu = planes.device.type == "cpu"
     step = max(1, _CHUNK // K) if on_cpu else len(planes)
@@ -56,8 +61,14 @@ def decoded_rows(
             W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows)
         else:
             assert scales is not None
-            W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, decoded)
+            nibbles = expand_planes(planes[rows]) if bits == 3 else planes[rows]
+            W = dequantize_nf4(nibbles, scales[rows], block, decoded)
         yield rows, W.to(dtype)
+
+
+def decoded_matrix(codes: Tensor, scales: Scales, bits: int, block: int, dtype: torch.dtype) -> Tensor:
+    """W (N, K) of codes of three bits (N, 3 K / 8) or of four (N, K / 2)."""
+    return torch.cat([W for _, W in decoded_rows(codes, *scales, block, dtype, bits)])
 
 
 def multiply(
@@ -73,30 +84,34 @@ def multiply(
 
     The operator `linear_3bit` without its overhead.
     """
+    return multiply_codes(x, planes, (absmax, nested_absmax, offset), block, bias, 3)
+
+
+def multiply_codes(x: Tensor, codes: Tensor, scales: Scales, block: int, bias: Tensor | None, bits: int) -> Tensor:
+    """`multiply` for codes of three bits or of four, see `decoded_rows`."""
     tokens = x.reshape(-1, x.shape[-1])
-    matrix = planes, absmax, nested_absmax, offset, block
-    product = _direct_product(tokens, planes, block)
+    product = _direct_product(tokens, codes, block, bits)
     if product:
-        out = product(tokens, *matrix, bias)
+        out = product(tokens, codes, *scales, block, bias)
     else:
-        out = tokens.new_empty(len(tokens), len(planes))
-        for rows, W in decoded_rows(*matrix, x.dtype):
+        out = tokens.new_empty(len(tokens), len(codes))
+        for rows, W in decoded_rows(codes, *scales, block, x.dtype, bits):
             if bias is None:
                 torch.mm(tokens, W.mT, out=out[:, rows])
             else:
                 torch.addmm(bias[rows], tokens, W.mT, out=out[:, rows])
-    return out.view(*x.shape[:-1], len(planes))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(codes))
 
 
-def _direct_product(tokens: Tensor, planes: Tensor, block: int) -> Callable[..., Tensor] | None:
+def _direct_product(tokens: Tensor, codes: Tensor, block: int, bits: int) -> Callable[..., Tensor] | None:
     """The kernel that multiplies without decoding W; None if there is none for this size, dtype and device."""
     if not 1 <= len(tokens) <= MOST_TOKENS or tokens.dtype not in _FAST:
         return None
-    if tokens.is_cuda and _has_triton():
+    if tokens.is_cuda and bits == 3 and _has_triton():
         from hf_cod.compression.quantization.triton_kernel import product
 
         return product
-    kernel = native_kernel(planes, block)
+    kernel = native_kernel(codes, block, bits)
     return kernel.product if kernel else None
 
 
@@ -106,6 +121,15 @@ def _has_triton() -> bool:
 
 
 linear_3bit = torch.library.custom_op("hf_cod::linear_3bit", multiply, mutates_args=())
+
+
+def linear(x: Tensor, planes: Tensor, scales: Scales, block: int, bias: Tensor | None = None) -> Tensor:
+    """The product, by the operator only for autograd and torch.compile: its overhead is as long as a small product."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not (learns or torch.compiler.is_compiling()):
+        return multiply(x, planes, *scales, block, bias)
+    # A view that an operator returns cannot be changed in place, as Llama 4 does.
+    return linear_3bit(x.reshape(-1, x.shape[-1]), planes, *scales, block, bias).view(*x.shape[:-1], len(planes))
 
 
 @torch.library.custom_op("hf_cod::linear_3bit_backward", mutates_args=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, QuantizeFields, score_of
-from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
+from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
-from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.compression.quantization.rounding import LEAST_TOKENS, Rounding, fill, new_experts, new_module
+from hf_cod.compression.quantization.widths import stored_bits
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
@@ -27,13 +29,13 @@ from hf_cod.layers.devices import execution_device
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.layer_notes import NamedErrors, check_errors
+from hf_cod.layers.layer_notes import NamedErrors, check_errors, check_unseen
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_notes
 from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
-from hf_cod.layers.sequential import Sums, change_each, change_sequentially
+from hf_cod.layers.sequential import change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.own_config import own_config
 
@@ -71,7 +73,8 @@ def quantize(
 
     The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that is lost by
     rounding, mean over the layer's matrices; with batches) and `parameters`; its `results` hold `bits` of all quantized
-    matrices together, `planned_bytes` of them, and `module_bits` (name -> 3 or 4).
+    matrices together, `planned_bytes` of them, and `module_bits` (name -> 3 or 4, or a
+    digit for each expert of a bank).
 
     Args:
         model: a transformers model with plain weights in memory.
@@ -137,31 +140,39 @@ def quantize(
     return _report(stack, plan, config, finished, title, told, notes)
 
 
+class LayerNote(NamedErrors, total=False):
+    """A layer's note. Notes of earlier versions have no `few`.
+
+    Attributes:
+        few: "name of a matrix.expert" of each expert whose tokens were too few for error compensation.
+    """
+
+    few: list[str]
+
+
 class _LayerChange:
     """Replaces the matrices of one layer, and provides what `FinishedLayers` requires to save and to repeat that."""
 
     def __init__(self, stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> None:
         self._stack, self._plan, self._config = stack, plan, config
-        self._names = [[n for n in stack.linears(index) if n in plan.bits] for index in range(len(stack))]
+        self._names = [plan.names(stack, index) for index in range(len(stack))]
+        self._banked = {m.name: m for index in range(len(stack)) for m in stack.expert_matrices(index)}
 
     @torch.no_grad()
-    def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
-        """Returns {"unseen": matrices that no token entered, "errors": name -> share of energy lost}."""
-        unseen: list[str] = []
-        errors: dict[str, float] = {}
+    def __call__(self, index: int, sums: Any) -> LayerNote:
+        """Returns {"unseen": matrices that no token entered, "errors": name -> share of energy lost, "few": ...}."""
+        note = LayerNote(unseen=[], errors={}, few=[])
         matrices = dict(self._stack.matrices(index))
         for name in self._names[index]:
             W = matrices.pop(name)
-            products = None if sums is None else sums.of(name)
-            if sums is not None and products is None:
-                unseen.append(name)
-            statistics = self._config.statistics
-            squares = None if statistics is None else statistics.of(name)
-            tensors = round_matrix(W, self._plan.bits[name], self._config, name, squares, products)
+            rounding = Rounding(name, self._plan.widths(name), self._config, self._config.statistics, sums)
+            tensors = rounding.of_experts(W) if name in self._banked else rounding.of_matrix(W, None)
             self._exchange(name, tensors)
-            if products is not None:
-                errors[name] = _lost(W, self._stack.model.get_submodule(name), products)
-        return {"unseen": unseen, "errors": errors}
+            note["unseen"] += rounding.unseen
+            note["few"] += rounding.few
+            if sums is not None and name not in rounding.unseen:
+                note["errors"][name] = rounding.lost / rounding.energy if rounding.energy > 0 else 0.0
+        return note
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
         """The codes and scales of a layer."""
@@ -179,21 +190,19 @@ class _LayerChange:
 
     def check_note(self, index: int, note: Any, measured: bool) -> None:
         """Checks a note of a layer that was finished with batches (`measured`) or without."""
-        check_errors(note, NamedErrors, self._names[index], measured)
+        check_errors(note, LayerNote, self._names[index], measured)
+        check_unseen(note.get("few", []), self._names[index], measured)
 
     def _exchange(self, name: str, tensors: dict[str, Tensor]) -> None:
-        linear: Any = self._stack.model.get_submodule(name)
-        module = new_module(linear, self._plan.bits[name], self._config, self._config.compute_dtype)
-        fill(module, {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()})
+        bits, config = self._plan.bits[name], self._config
+        if name in self._banked:
+            before = self._banked[name].parameter
+            module: Any = new_experts(self._banked[name], bits, config, config.compute_dtype)
+        else:
+            linear: Any = self._stack.model.get_submodule(name)
+            before, module = linear.weight, new_module(linear, int(bits), config, config.compute_dtype)
+        fill(module, {key: tensor.to(before.device) for key, tensor in tensors.items()})
         replace_module(self._stack.model, name, module)
-
-
-def _lost(W: Tensor, module: Any, products: Tensor) -> float:
-    """|| X (W - Q)^T ||_F^2 / || X W^T ||_F^2."""
-    W = W.to(products.dtype)
-    difference = W - module.unpack(products.dtype)
-    whole = ((W @ products) * W).sum()
-    return float(((difference @ products) * difference).sum() / whole) if whole > 0 else 0.0
 
 
 def _mark(model: Any, config: OwlBnbConfig) -> None:
@@ -217,12 +226,19 @@ def _report(
     layers = layer_table(stack, plan, config)
     if any(note["errors"] for note in notes):
         layers["error"] = [_mean(note["errors"].values()) for note in notes]
-    weights = sum(n * k for n, k in plan.sizes.values())
+    weights = plan.weights
     model: nn.Module = stack.model
+    by_expert = {} if config.expert_scores is None else {"expert_score": config.expert_scores.method}
     return RunReport(
         kind="quantize",
         model=title,
-        settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **told},
+        settings={
+            "block": config.block,
+            "double_quant": config.double_quant,
+            "score": score_of(config),
+            **told,
+            **by_expert,
+        },
         environment=environment(execution_device(model), next(_floating(model)).dtype),
         layers=layers,
         results={"bits": plan.stored, "planned_bytes": round(plan.stored * weights / 8), "module_bits": plan.bits},
@@ -232,20 +248,34 @@ def _report(
         notes=[
             *remarks,
             *(f"no token entered {name}: rounded to nearest" for note in notes for name in note["unseen"]),
+            *_few([name for note in notes for name in note.get("few", [])]),
             *left_notes(stack, plan.left),
         ],
     )
 
 
+def _few(names: list[str]) -> list[str]:
+    """A sentence on experts that were rounded without error compensation; none if there are none."""
+    if not names:
+        return []
+    count = "1 matrix" if len(names) == 1 else f"{len(names)} matrices"
+    return [
+        f"{count} of experts rounded to nearest with weighted scales, because fewer tokens entered them than "
+        f"1/{1 / LEAST_TOKENS:g} of their input channels: {', '.join(names)}"
+    ]
+
+
 def layer_table(stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> dict[str, list[Any]]:
-    """Values of each layer: stored bits a weight, number of matrices with four bits, weights, and the score."""
+    """Values of each layer: stored bits a weight, number of matrices with four bits (those of each expert), weights,
+    and the score.
+    """
     table: dict[str, list[Any]] = {"bits": [], "four": [], "parameters": []}
     for index in range(len(stack)):
-        names = [name for name in stack.linears(index) if name in plan.bits]
-        weights = sum(plan.sizes[n][0] * plan.sizes[n][1] for n in names)
-        total = sum(stored_bits(plan.sizes[n], plan.bits[n], config) for n in names)
+        names = plan.names(stack, index)
+        weights = sum(math.prod(plan.sizes[name]) for name in names)
+        total = sum(stored_bits(plan.sizes[name], plan.bits[name], config) for name in names)
         table["bits"].append(total / weights if weights else None)
-        table["four"].append(sum(plan.bits[n] == 4 for n in names))
+        table["four"].append(sum(plan.widths(name).count(4) for name in names))
         table["parameters"].append(weights)
     scores = config.scores
     return table if scores is None else {**table, "score": scores.values}

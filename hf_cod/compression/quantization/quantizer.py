@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.config import OwlBnbConfig
+from hf_cod.compression.quantization.experts import QuantizedExperts
 from hf_cod.compression.quantization.plan import plan_by, recorded, what_is_lost
-from hf_cod.compression.quantization.rounding import new_module, round_matrix
+from hf_cod.compression.quantization.rounding import Rounding, new_experts, new_module, round_matrix
+from hf_cod.compression.quantization.stored_modules import (
+    check_range,
+    check_stored,
+    is_quantized,
+    loaded_module,
+    to_linear,
+    to_parameter,
+)
+from hf_cod.compression.quantization.widths import Width, is_width, widths_of
+from hf_cod.functional.bits import SCALE_BITS
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.experts import ExpertMatrix, expert_matrices
 from hf_cod.layers.module_choice import choose_modules
-from hf_cod.layers.orientation import is_linear, new_matrix
+from hf_cod.layers.orientation import is_linear
 from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, signs
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
@@ -31,6 +45,7 @@ class OwlBnbQuantizer(HfQuantizer):
 
     quantization_config: OwlBnbConfig
     statistics: LayerStatistics | None = None
+    _has_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Imports bitsandbytes, so that a missing installation fails before gigabytes are read."""
@@ -38,14 +53,19 @@ class OwlBnbQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         mark_stored(model)
+        banks = _banks(model)
         if self.pre_quantized:
-            self.quantization_config.modules = _modules_of(model, self.quantization_config.modules)
+            self.quantization_config.modules = _modules_of(model, self.quantization_config.modules, banks)
             ignore_signs(model)
         else:
             self._choose(model)
         config = self.quantization_config
         for name, bits in config.modules.items():
-            replace_module(model, name, new_module(model.get_submodule(name), bits, config, config.compute_dtype))
+            if name not in banks:
+                linear = model.get_submodule(name)
+                replace_module(model, name, new_module(linear, int(bits), config, config.compute_dtype))
+            elif self.pre_quantized:  # else once its weights are read, which have the parameter's name
+                replace_module(model, name, new_experts(banks[name], bits, config, config.compute_dtype))
 
     def _choose(self, model: Any) -> None:
         config = self.quantization_config
@@ -63,17 +83,37 @@ class OwlBnbQuantizer(HfQuantizer):
             logger.warning("%s", sentence)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a tensor of the checkpoint is a matrix to quantize."""
+        """Whether a tensor of the checkpoint is a matrix, or a bank of experts, to quantize."""
         module, _, key = param_name.rpartition(".")
-        return not self.pre_quantized and key == "weight" and module in self.quantization_config.modules
+        modules = self.quantization_config.modules
+        return not self.pre_quantized and (param_name in modules or (key == "weight" and module in modules))
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight, by which a device map is made; banks of experts are still dense then."""
+        bits = self.quantization_config.modules.get(param_name)
+        if self.pre_quantized or bits is None:
+            return super().param_element_size(model, param_name, param)
+        widths = widths_of(bits, param.shape[0])
+        return (sum(widths) / len(widths) + SCALE_BITS) / 8
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without conversions of dense banks of experts (a transposition) whose name those of quantized ones match."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        if not self.pre_quantized:
+            return found
+        modules = model.named_modules()
+        keys = [f"{name}.weight" for name, module in modules if isinstance(module, QuantizedExperts)]
+        return [one for one in found if not (isinstance(one, WeightConverter) and _matches(one, keys))]
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that quantizes a matrix while it is loaded."""
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, loaded: bool = True, **kwargs: Any) -> None:
+        from hf_cod.compression.quantization.bnb import Linear4bit
+
         for name in self.quantization_config.modules:
-            module = model.get_submodule(name)
+            module = loaded_module(model, name)
             if not self.pre_quantized and any(p.device.type == "meta" for p in module.parameters()):
                 raise ValueError(
                     f"device_map: expected no quantized layer on disk, got {name} there; quantize in memory "
@@ -81,8 +121,9 @@ class OwlBnbQuantizer(HfQuantizer):
                 )
             if loaded:
                 check_stored(module, name)
+            self._has_experts = self._has_experts or isinstance(module, QuantizedExperts)
             check_range(module, name, self.quantization_config.compute_dtype or model.dtype)
-            if module.bits == 4:
+            if isinstance(module, Linear4bit):
                 module.bind()
         self.statistics = None
         mark_stored(model)
@@ -93,8 +134,10 @@ class OwlBnbQuantizer(HfQuantizer):
         """The model's tensors, and the marker that makes loading without this package fail with an instruction."""
         return {**model.state_dict(), **signs()}, {}
 
+    @torch.no_grad()
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes it a string
+        dtype = dtype or model.dtype  # None, if the model was not loaded
         if any(getattr(getattr(module, "base_layer", None), "bits", None) == 4 for module in model.modules()):
             raise ValueError(
                 "model: expected no adapters on 4-bit layers, got some, which could not be merged afterwards; save "
@@ -103,6 +146,8 @@ class OwlBnbQuantizer(HfQuantizer):
         for name, module in [*model.named_modules()]:
             if is_quantized(module):
                 replace_module(model, name, to_linear(module, dtype))
+            elif isinstance(module, QuantizedExperts):
+                replace_module(model, name, to_parameter(module, dtype))
         unmark_stored(model)
         clear_quantized(model)
         model.is_loaded_in_4bit = False
@@ -119,8 +164,8 @@ class OwlBnbQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Each matrix is one operator for torch.compile."""
-        return True
+        """Each matrix is one operator for torch.compile, except those of banks: which experts run, the tokens say."""
+        return not self._has_experts
 
 
 class _Quantize(ConversionOps):
@@ -132,81 +177,68 @@ class _Quantize(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *patterns: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """See the class."""
-        config = self.quantizer.quantization_config
         result: dict[str, Any] = {}
         for key, value in input_dict.items():
             W = value[0] if isinstance(value, list) else value
-            name = key.removesuffix(".weight")
-            module = model.get_submodule(name)
-            W = W.mT if module.was_transposed else W
-            if W.shape != (module.out_features, module.in_features):
-                expected = f"({module.out_features}, {module.in_features})"
-                raise ValueError(f"{name}: expected a matrix {expected}, got {tuple(W.shape)}")
-            statistics = self.quantizer.statistics
-            squares = None if statistics is None else statistics.of(name)
-            tensors = round_matrix(W, module.bits, config, name, squares)
+            if key in self.quantizer.quantization_config.modules:
+                name, tensors = key, self._of_experts(model, key, W)
+                kwargs["missing_keys"].discard(key)
+            else:
+                name = key.removesuffix(".weight")
+                tensors = self._of_matrix(model.get_submodule(name), name, W)
             result |= {f"{name}.{part}": nn.Parameter(t, requires_grad=False) for part, t in tensors.items()}
         return result
 
+    def _of_matrix(self, module: Any, name: str, W: Tensor) -> dict[str, Tensor]:
+        W = W.mT if module.was_transposed else W
+        _check_shape(name, W, (module.out_features, module.in_features))
+        statistics = self.quantizer.statistics
+        squares = None if statistics is None else statistics.of(name)
+        return round_matrix(W, module.bits, self.quantizer.quantization_config, name, squares)
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a quantized layer of this package."""
-    return isinstance(module, nn.Linear) and hasattr(module, "scales") and hasattr(module, "bits")
+    def _of_experts(self, model: Any, name: str, W: Tensor) -> dict[str, Tensor]:
+        """Quantizes all experts, and puts the module that holds them in the place of the parameter."""
+        config = self.quantizer.quantization_config
+        bank = name.rpartition(".")[0]
+        matrix = next(m for m in expert_matrices([(bank, model.get_submodule(bank))]) if m.name == name)
+        _check_shape(name, W, matrix.parameter.shape)
+        module = new_experts(matrix, config.modules[name], config, config.compute_dtype)
+        rounding = Rounding(name, module.widths, config, self.quantizer.statistics)
+        tensors = rounding.of_experts(matrix.matrices_of(W))
+        replace_module(model, name, module)
+        return tensors
 
 
-def _modules_of(model: Any, modules: dict[str, int]) -> dict[str, int]:
+def _check_shape(name: str, W: Tensor, shape: Sequence[int]) -> None:
+    if W.shape != torch.Size(shape):
+        raise ValueError(f"{name}: expected a matrix {tuple(shape)}, got {tuple(W.shape)}")
+
+
+def _banks(model: Any) -> dict[str, ExpertMatrix]:
+    """Name -> matrices of experts in one parameter."""
+    return {matrix.name: matrix for matrix in expert_matrices(model.named_modules())}
+
+
+def _matches(conversion: Any, keys: Sequence[str]) -> bool:
+    """Whether a conversion of transformers applies to a tensor of one of these names."""
+    return any(copy.deepcopy(conversion).rename_source_key(key)[1] is not None for key in keys)
+
+
+def _modules_of(model: Any, modules: dict[str, Width], banks: Mapping[str, ExpertMatrix]) -> dict[str, Width]:
     """The modules of a checkpoint, by their names in this model.
 
     Raises:
-        ValueError: there are none, or one is not a matrix of the model.
+        ValueError: there are none, one is not a matrix of the model, or one has bits for another number of experts.
     """
     if not modules:
         raise ValueError("modules: expected the names of the quantized matrices, got none; config.json is damaged")
-    places = names_in(model, modules)
+    places = names_in(model, modules, banks)
     for name, place in places.items():
-        if not is_linear(model.get_submodule(place)):
+        if place in banks:
+            if not is_width(modules[name], banks[place].experts):
+                raise ValueError(
+                    f"modules: expected bits of {banks[place].experts} experts, got {modules[name]} ({name})"
+                )
+        elif not is_linear(model.get_submodule(place)) or not is_width(modules[name], 0):
             raise ValueError(f"modules: expected matrices of {type(model).__name__}, got {name!r}")
     return {place: modules[name] for name, place in places.items()}
-
-
-def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Module:
-    """A dense Linear, or Conv1D, with the decoded weights; the bias is shared."""
-    return new_matrix(module.unpack(dtype), module.bias, module.was_transposed).train(module.training)
-
-
-def check_stored(module: Any, name: str) -> None:
-    """Checks that a module's tensors were loaded and that its scales are finite. Shapes are checked by transformers,
-    and each code is valid.
-
-    Raises:
-        ValueError: a missing tensor, one of another dtype, NaN or infinity; begins with the module's name.
-    """
-    for key, tensor in module.named_parameters():
-        # Transformers marks loaded tensors; a tensor that the checkpoint lacks is unmarked, with undefined contents.
-        if key != "bias" and tensor.device.type != "meta" and not hasattr(tensor, "_is_hf_initialized"):
-            raise ValueError(f"{name}.{key}: expected it in the checkpoint, got none; the file is damaged")
-    whole = module.scales.double_quant
-    expected = {"weight": torch.uint8, "scales.absmax": torch.uint8 if whole else torch.float32}
-    for key, tensor in module.named_parameters():
-        if key == "bias" or tensor.device.type == "meta":
-            continue
-        wanted = expected.get(key, torch.float32)
-        if tensor.dtype != wanted:
-            raise ValueError(f"{name}.{key}: expected {wanted}, got {tensor.dtype}; the file is damaged")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name}.{key}: expected finite numbers, got NaN or infinity; the file is damaged")
-
-
-def check_range(module: Any, name: str, dtype: torch.dtype) -> None:
-    """Checks that decoded weights are finite in the compute dtype.
-
-    Raises:
-        ValueError: the dtype is float16, and a scale exceeds its largest number.
-    """
-    from hf_cod.compression.quantization.bnb_decoding import dequantize_scales
-
-    if dtype != torch.float16 or module.scales.absmax.device.type == "meta":
-        return
-    largest = float(dequantize_scales(*module.scales()).abs().max())
-    if largest > torch.finfo(dtype).max:
-        raise ValueError(f"dtype: expected one that holds weights of {largest:g} in {name}, got {dtype}; use bfloat16")

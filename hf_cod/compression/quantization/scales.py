@@ -21,25 +21,29 @@ class BlockScales(nn.Module):
     | nested_absmax | (ceil(n / 256),) float32 | the second-level scale of each 256 codes |
     | offset | () float32 | mean of the scales |
 
+    For the matrices of several experts all shapes have one more dimension, the first one.
+
     Bits a weight at block 64: 8 / 64 + 32 / (64 * 256) = 0.127; without double quantization 0.5.
 
     Args:
-        count: n, the number of scales.
+        count: n, the number of scales of a matrix.
         double_quant: whether the scales are quantized, too.
         device: of the tensors, which are not initialized.
+        experts: the number of experts; None: of one matrix.
     """
 
     absmax: nn.Parameter
 
-    def __init__(self, count: int, double_quant: bool = True, device: Any = None) -> None:
+    def __init__(self, count: int, double_quant: bool = True, device: Any = None, experts: int | None = None) -> None:
         super().__init__()
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"absmax": ((count,), torch.float32)}
+        first = () if experts is None else (experts,)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"absmax": ((*first, count), torch.float32)}
         if double_quant:
             nested = (count + NESTED_BLOCK - 1) // NESTED_BLOCK
             shapes = {
-                "absmax": ((count,), torch.uint8),
-                "nested_absmax": ((nested,), torch.float32),
-                "offset": ((), torch.float32),
+                "absmax": ((*first, count), torch.uint8),
+                "nested_absmax": ((*first, nested), torch.float32),
+                "offset": (first, torch.float32),
             }
         for name, (shape, dtype) in shapes.items():
             tensor = torch.empty(shape, dtype=dtype, device=device)

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 from hf_cod.io.display import one_line
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.checks import check_writable, name_of
-from hf_cod.layers.experts import ExpertSet, counts_experts, is_top_k
+from hf_cod.layers.expert_counts import counts_experts, is_top_k
+from hf_cod.layers.experts import ExpertSet
 from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.config_surgery import Changes
 from hf_cod.layers.removal.expert_cuts import Cut, Mixing, find_cuts

@@ -4,14 +4,17 @@ import pytest
 import torch
 
 import hf_cod
-from hf_cod import LayerAllocation, OwlBnbConfig, find_decoder_layers, perplexity
+from hf_cod import ExpertScores, LayerAllocation, OwlBnbConfig, find_decoder_layers, perplexity
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.main import main
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, TextSettings, load_texts, token_batches
 from hf_cod.scoring.layer_scores import LayerScores
+from tests.cli.runs import TEXT
+from tests.compression.quantization.test_experts import mixture
 from tests.fresh_processes import run_fresh
+from tests.tiny_tokenizers import gpt_like
 
 QUICK = ["--max-samples", "4", "--sequence-length", "64", "--batch-size", "2", "--eval-samples", "4"]
 
@@ -202,3 +205,23 @@ def test_bits_that_no_mixture_has_are_refused_before_anything_is_measured(model,
     monkeypatch.setattr("transformers.LlamaForCausalLM.forward", forward)
     assert quantize(model, tmp_path / "out", "--bits", "4.6") == 2
     assert "bits: expected 3, 4, or 3.2" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_experts_get_bits_by_their_own_scores(tmp_path, capsys):
+    """The same command on a mixture; its reload is measured by the command itself."""
+    mixture().save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--text", str(tmp_path / "text.txt"), "--no-plots", "--no-baseline", "--bits", "3.6", "--block", "32"]
+    text += ["--sequence-length", "8", "--eval-samples", "5"]
+    assert quantize(str(tmp_path / "model"), tmp_path / "out", *text, "--experts", "frequency", "--explain") == 0
+    report, scores = RunReport.load(tmp_path / "out"), ExpertScores.load(tmp_path / "out" / "expert_scores.json")
+    assert report.results["bits"] == pytest.approx(3.6, abs=0.02)
+    assert report.settings["experts"] == "frequency" and scores.method == "frequency"
+    bits = {name: digits for name, digits in report.results["module_bits"].items() if name.endswith("down_proj")}
+    assert len(bits) == 4 and any(isinstance(digits, str) for digits in bits.values())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "to what all tokens enter first, then to experts by frequency" in shown and "of 4 experts)" in shown
+    assert quantize(str(tmp_path / "model"), tmp_path / "no", *text, "--experts", "size") == 2
+    assert quantize(str(tmp_path / "model"), tmp_path / "no", *text, "--bits", "3", "--experts", "reap") == 2
+    assert "experts: expected none with bits 3, which uses no scores, got reap" in capsys.readouterr().err

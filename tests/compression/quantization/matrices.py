@@ -49,7 +49,7 @@ def mixed(family="llama", layers=4, dtype=torch.float32, **options):
 
 
 def mix(model, **options):
-    from hf_cod.compression.quantization.plan import quantizable
+    from hf_cod.compression.quantization.quantizable import quantizable
     from hf_cod.layers.stack import find_decoder_layers
 
     layers, _ = quantizable(find_decoder_layers(model), StorageSettings())

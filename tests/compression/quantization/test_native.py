@@ -1,3 +1,4 @@
+import math
 import sys
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from hf_cod.compression.quantization import native
 from hf_cod.compression.quantization.bnb_decoding import dequantize_scales, quantize_scales
-from hf_cod.compression.quantization.format import pack_planes
+from hf_cod.compression.quantization.format import pack_nibbles, pack_planes
 from hf_cod.compression.quantization.native import native_kernel
 from hf_cod.functional.codebook import CODEBOOKS
 from tests.fresh_processes import run_fresh
@@ -14,28 +15,29 @@ from tests.fresh_processes import run_fresh
 SIZES = [(5, 128, 32), (3, 64, 64), (1, 320, 64), (7, 768, 64), (4, 128, 128), (3, 640, 128), (2, 1536, 256)]
 
 
-@pytest.fixture(scope="module")
-def kernel():
-    found = native._load()
+@pytest.fixture(scope="module", params=[3, 4])
+def kernel(request):
+    found = native._load(request.param)
     if found is None:
         pytest.skip("no C++ compiler, or a processor without AVX2")
     return found
 
 
-def stored(N: int, K: int, block: int, double: bool):
+def stored(kernel, N: int, K: int, block: int, double: bool):
     """(W, what the kernel takes between the tokens and the bias)."""
     torch.manual_seed(N + K)
-    c = torch.randint(0, 8, (N, K), dtype=torch.uint8)
+    bits = int(math.log2(len(kernel._codebook)))
+    c = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
     tensors = quantize_scales(torch.randn(N, K // block), double)
     scales = tensors["absmax"], tensors.get("nested_absmax"), tensors.get("offset")
-    W = torch.tensor(CODEBOOKS[3])[c.long()] * dequantize_scales(*scales).view(N, -1).repeat_interleave(block, 1)
-    return W, (pack_planes(c), *scales, block)
+    W = torch.tensor(CODEBOOKS[bits])[c.long()] * dequantize_scales(*scales).view(N, -1).repeat_interleave(block, 1)
+    return W, ((pack_planes if bits == 3 else pack_nibbles)(c), *scales, block)
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("N", "K", "block"), SIZES)
 def test_rows_are_decoded_bit_for_bit(N, K, block, double, kernel):
-    W, matrix = stored(N, K, block, double)
+    W, matrix = stored(kernel, N, K, block, double)
     assert torch.equal(kernel.rows(*matrix, slice(0, N)), W)
     assert torch.equal(kernel.rows(*matrix, slice(1, N)), W[1:])
 
@@ -44,7 +46,7 @@ def test_rows_are_decoded_bit_for_bit(N, K, block, double, kernel):
 @pytest.mark.parametrize(("N", "K", "block"), SIZES)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 8, 13, 16])
 def test_product(T, N, K, block, dtype, kernel):
-    W, matrix = stored(N, K, block, T % 2 == 0)
+    W, matrix = stored(kernel, N, K, block, T % 2 == 0)
     x, bias = torch.randn(T, K).to(dtype), torch.randn(N).to(dtype)
     for b in (None, bias):
         found = kernel.product(x, *matrix, b)
@@ -57,7 +59,7 @@ def test_product(T, N, K, block, dtype, kernel):
 
 
 def test_rows_on_several_threads(kernel):
-    W, matrix = stored(1500, 512, 64, True)
+    W, matrix = stored(kernel, 1500, 512, 64, True)
     x = torch.randn(2, 512)
     before = torch.get_num_threads()
     try:
@@ -69,7 +71,7 @@ def test_rows_on_several_threads(kernel):
 
 
 def test_tensors_that_do_not_belong_together_are_refused(kernel):
-    _, (planes, absmax, nested, offset, block) = stored(4, 256, 64, True)
+    _, (planes, absmax, nested, offset, block) = stored(kernel, 4, 256, 64, True)
     x = torch.randn(1, 256)
     for wrong in (
         (x[:, :128], planes, absmax, nested, offset, block),
@@ -95,14 +97,14 @@ WITHOUT = """
 import torch
 from hf_cod.compression.quantization import native, product
 from hf_cod.compression.quantization.bnb_decoding import quantize_scales
-from hf_cod.compression.quantization.format import pack_planes
+from hf_cod.compression.quantization.format import pack_nibbles, pack_planes
 stored = quantize_scales(torch.ones(6, 1))
 planes = pack_planes(torch.full((6, 64), 7, dtype=torch.uint8))
 for tokens in (1, 40):
     x = torch.randn(tokens, 64)
     found = product.multiply(x, planes, stored["absmax"], stored["nested_absmax"], stored["offset"], 64, None)
     torch.testing.assert_close(found, x.sum(1, keepdim=True).expand(-1, 6), atol=1e-4, rtol=1e-4)
-assert native._load() is None
+assert native._load(3) is None and native._load(4) is None
 """
 
 

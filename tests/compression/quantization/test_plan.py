@@ -2,8 +2,9 @@ import pytest
 from torch import nn
 
 from hf_cod import LayerScores, OwlBnbConfig, allocate, find_decoder_layers, quantize
-from hf_cod.compression.quantization.plan import plan_bits, plan_of, stored_bits
+from hf_cod.compression.quantization.plan import plan_bits, plan_of
 from hf_cod.compression.quantization.settings import StorageSettings
+from hf_cod.compression.quantization.widths import stored_bits
 from tests.compression.quantization.matrices import llama, quantized
 from tests.tiny_models import build
 

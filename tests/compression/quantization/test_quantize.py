@@ -75,13 +75,6 @@ def test_matrices_that_no_token_enters_are_noted():
     assert "model.layers.1.mlp.spare" in stored(model)
 
 
-def test_experts_stay_dense_and_are_named():
-    model = build("mixtral")
-    report = quantize(model, OwlBnbConfig(bits=3))
-    assert "model.layers.0.mlp.experts is not quantized: experts in one 3-D parameter" in report.notes
-    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
-
-
 def test_what_cannot_be_quantized_is_refused_before_anything_changes():
     adapted = llama()
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), adapted)

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_cod import LayerScores, OwlBnbConfig, collect_statistics, find_decoder_layers, quantize
 from hf_cod.compression.quantization.bnb import Linear4bit
+from hf_cod.compression.quantization.experts import QuantizedExperts
 from hf_cod.compression.quantization.linear import Linear3bit
 from tests.compression.quantization.matrices import llama, mixed
 from tests.fresh_processes import run_fresh
@@ -48,7 +49,8 @@ def outputs(model):
 
 
 def stored(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, (Linear3bit, Linear4bit))}
+    kinds = (Linear3bit, Linear4bit, QuantizedExperts)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def equal_files(one, two):

@@ -1,8 +1,9 @@
-// Products with, and decoding of, matrices in three bits a weight: see format.py for the planes, scales.py for the
-// scales. Symbols as there: N rows, K columns, B weights to a scale; a run is a quarter of a row, K / 4 columns.
+// Products with, and decoding of, matrices in three or four bits a weight: see format.py for the planes and nibbles,
+// scales.py for the scales. Symbols as there: N rows, K columns, B weights to a scale; a run is a quarter of a row,
+// K / 4 columns.
 //
-// A permutation of eight lanes looks eight codes up at once. The table of eight values is multiplied with the block's
-// scale first, so each weight is what decoding gives, to the last bit.
+// A permutation of eight lanes looks eight codes up at once; four bits take two of them and a choice. The table of
+// values is multiplied with the block's scale first, so each weight is what decoding gives, to the last bit.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -28,13 +29,14 @@ constexpr uint64_t kLow = 0x1111111111111111;
 
 struct Problem {
   int64_t N, K, block, tokens;
-  const uint8_t* planes;  // N x 3 K / 8
+  bool four;              // bits, else three
+  const uint8_t* planes;  // N x 3 K / 8; of four bits N x K / 2 bytes of two codes, the first in the high nibble
   const void* absmax;     // N x K / B: bytes where there is a table, else fp32
   const float* nested;    // ceil(N K / B / kNested)
   const float* table;     // 256: what codes of scales stand for; or null
   float offset;
-  const float* codebook;  // 8
-  const float* x;         // tokens x K, in the order in which a row is read: step, run, high or low nibble, byte
+  const float* codebook;  // 8, or 16
+  const float* x;         // tokens x K, in the order in which a row is read: step, run (of three), nibble, byte
   float* out;             // tokens x N
 };
 
@@ -60,10 +62,34 @@ inline uint64_t load(const uint8_t* bytes) {
 #ifdef __x86_64__
 #define HF_COD_AVX2 __attribute__((target("avx2,fma")))
 
-// Calls use(run, byte, high, low) with the weights of the high and the low nibbles of eight bytes of a run.
+// Calls use(r, place in x, column, high, low) with the weights of the high and the low nibbles of eight bytes: those of
+// columns 2 i and 2 i + 1 from `column` on. r says which of four calls in a row it is, so that sums can be apart.
 template <typename Use>
-HF_COD_AVX2 __attribute__((always_inline)) inline void each_step(const Problem& p, int64_t row, const float* s,
-                                                                 const Use& use) {
+HF_COD_AVX2 __attribute__((always_inline)) inline void each_step_of_four(const Problem& p, int64_t row, const float* s,
+                                                                         const Use& use) {
+  const uint8_t* bytes = p.planes + row * (p.K / 2);
+  const __m256 lower = _mm256_loadu_ps(p.codebook), upper = _mm256_loadu_ps(p.codebook + 8);
+  const __m256i low_nibble = _mm256_set1_epi32(15);
+  for (int64_t first = 0; first < p.K / 2; first += p.block / 2) {
+    const __m256 scale = _mm256_set1_ps(s[2 * first / p.block]);
+    const __m256 values[2] = {_mm256_mul_ps(lower, scale), _mm256_mul_ps(upper, scale)};
+    const auto look_up = [&](__m256i code) HF_COD_AVX2 {  // the highest bit of a code says which half it is in
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values[0], code), _mm256_permutevar8x32_ps(values[1], code),
+                              _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    };
+    for (int64_t i = first; i < first + p.block / 2; i += 2 * kStep) {
+      for (int r = 0; r < 2; ++r) {
+        const int64_t at = i + r * kStep;
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(load(bytes + at))));
+        use(r, 2 * at, 2 * at, look_up(_mm256_srli_epi32(wide, 4)), look_up(_mm256_and_si256(wide, low_nibble)));
+      }
+    }
+  }
+}
+
+template <typename Use>
+HF_COD_AVX2 __attribute__((always_inline)) inline void each_step_of_three(const Problem& p, int64_t row,
+                                                                          const float* s, const Use& use) {
   const int64_t run = p.K / 8, blocks = p.K / p.block;
   const uint8_t* planes = p.planes + row * 3 * run;
   const __m256 codebook = _mm256_loadu_ps(p.codebook);
@@ -78,10 +104,21 @@ HF_COD_AVX2 __attribute__((always_inline)) inline void each_step(const Problem& 
       b[3] = (b[0] & kLow) << 1 | (b[1] & kLow) << 2 | (b[2] & kLow) << 3;
       for (int r = 0; r < 4; ++r) {
         const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(b[r])));
-        use(r, i, _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 5)),
+        use(r, 8 * i + 16 * r, r * (p.K / 4) + 2 * i,
+            _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 5)),
             _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 1)));
       }
     }
+  }
+}
+
+template <bool FOUR, typename Use>
+HF_COD_AVX2 __attribute__((always_inline)) inline void each_step(const Problem& p, int64_t row, const float* s,
+                                                                 const Use& use) {
+  if constexpr (FOUR) {
+    each_step_of_four(p, row, s, use);
+  } else {
+    each_step_of_three(p, row, s, use);
   }
 }
 
@@ -92,16 +129,16 @@ HF_COD_AVX2 inline float sum(__m256 v) {
 }
 
 // One row with TOKENS tokens from `token` on. Eight sums at least, because each waits for its last.
-template <int TOKENS>
+template <bool FOUR, int TOKENS>
 HF_COD_AVX2 void row_product(const Problem& p, int64_t row, const float* s, int64_t token) {
   constexpr int kSums = TOKENS < 8 ? 8 / TOKENS : 1;
   __m256 sums[TOKENS][kSums];
   for (int t = 0; t < TOKENS; ++t)
     for (int j = 0; j < kSums; ++j) sums[t][j] = _mm256_setzero_ps();
   const float* x = p.x + token * p.K;
-  each_step(p, row, s, [&](int r, int64_t i, __m256 high, __m256 low) HF_COD_AVX2 {
+  each_step<FOUR>(p, row, s, [&](int r, int64_t place, int64_t, __m256 high, __m256 low) HF_COD_AVX2 {
     for (int t = 0; t < TOKENS; ++t) {
-      const float* at = x + t * p.K + 8 * i + 16 * r;
+      const float* at = x + t * p.K + place;
       __m256 &first = sums[t][2 * r % kSums], &second = sums[t][(2 * r + 1) % kSums];
       first = _mm256_fmadd_ps(high, _mm256_loadu_ps(at), first);
       second = _mm256_fmadd_ps(low, _mm256_loadu_ps(at + 8), second);
@@ -113,21 +150,23 @@ HF_COD_AVX2 void row_product(const Problem& p, int64_t row, const float* s, int6
   }
 }
 
+template <bool FOUR>
 void multiply_rows(const Problem& p, int64_t begin, int64_t end) {
   std::vector<float> s(p.K / p.block);
   for (int64_t row = begin; row < end; ++row) {
     decode_scales(p, row, s.data());
     int64_t t = 0;
-    for (; t + 8 <= p.tokens; t += 8) row_product<8>(p, row, s.data(), t);
-    for (; t + 4 <= p.tokens; t += 4) row_product<4>(p, row, s.data(), t);
-    for (; t < p.tokens; ++t) row_product<1>(p, row, s.data(), t);
+    for (; t + 8 <= p.tokens; t += 8) row_product<FOUR, 8>(p, row, s.data(), t);
+    for (; t + 4 <= p.tokens; t += 4) row_product<FOUR, 4>(p, row, s.data(), t);
+    for (; t < p.tokens; ++t) row_product<FOUR, 1>(p, row, s.data(), t);
   }
 }
 
+template <bool FOUR>
 HF_COD_AVX2 void decode_row(const Problem& p, int64_t row, const float* s, float* W) {
-  each_step(p, row, s, [&](int r, int64_t i, __m256 high, __m256 low) HF_COD_AVX2 {
+  each_step<FOUR>(p, row, s, [&](int, int64_t, int64_t column, __m256 high, __m256 low) HF_COD_AVX2 {
     const __m256 first = _mm256_unpacklo_ps(high, low), second = _mm256_unpackhi_ps(high, low);
-    float* at = W + r * (p.K / 4) + 2 * i;
+    float* at = W + column;
     _mm256_storeu_ps(at, _mm256_permute2f128_ps(first, second, 0x20));
     _mm256_storeu_ps(at + 8, _mm256_permute2f128_ps(first, second, 0x31));
   });
@@ -135,7 +174,9 @@ HF_COD_AVX2 void decode_row(const Problem& p, int64_t row, const float* s, float
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #else
+template <bool FOUR>
 void multiply_rows(const Problem&, int64_t, int64_t) {}
+template <bool FOUR>
 void decode_row(const Problem&, int64_t, const float*, float*) {}
 bool supported() { return false; }
 #endif
@@ -145,14 +186,18 @@ Problem describe(const Tensor& planes, const Tensor& absmax, const std::optional
                  int64_t block) {
   TORCH_CHECK(planes.dim() == 2 && planes.scalar_type() == at::kByte && planes.is_contiguous(),
               "planes: expected 2-D uint8");
-  const int64_t N = planes.size(0), K = planes.size(1) * 8 / 3;
-  TORCH_CHECK(block > 0 && K % block == 0 && K * 3 / 8 == planes.size(1), "planes: expected rows of whole blocks");
-  TORCH_CHECK((K / block % 4 ? block / 8 : block / 2) % kStep == 0, "block: expected a larger one, got ", block);
+  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.is_contiguous() &&
+                  (codebook.numel() == 8 || codebook.numel() == 16),
+              "codebook: expected 8 or 16 fp32 values");
+  const bool four = codebook.numel() == 16;
+  const int64_t N = planes.size(0), K = four ? planes.size(1) * 2 : planes.size(1) * 8 / 3;
+  TORCH_CHECK(block > 0 && K % block == 0 && (four || K * 3 / 8 == planes.size(1)),
+              "planes: expected rows of whole blocks");
+  TORCH_CHECK(four ? block % (4 * kStep) == 0 : (K / block % 4 ? block / 8 : block / 2) % kStep == 0,
+              "block: expected a larger one, got ", block);
   const int64_t count = N * (K / block);
   TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == count, "absmax: expected ", count, " scales");
   TORCH_CHECK(absmax.scalar_type() == (table ? at::kByte : at::kFloat), "absmax: expected uint8 with a table or fp32");
-  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.is_contiguous() && codebook.numel() == 8,
-              "codebook: expected 8 fp32 values");
   if (table) {
     TORCH_CHECK(nested && offset && nested->scalar_type() == at::kFloat && nested->is_contiguous() &&
                     nested->numel() == (count + kNested - 1) / kNested && offset->scalar_type() == at::kFloat &&
@@ -160,7 +205,7 @@ Problem describe(const Tensor& planes, const Tensor& absmax, const std::optional
                     table->numel() == 256,
                 "nested_absmax: expected a scale for each 256, an offset and a table of 256, all fp32");
   }
-  return {N, K, block, 0, planes.const_data_ptr<uint8_t>(), absmax.const_data_ptr(),
+  return {N, K, block, 0, four, planes.const_data_ptr<uint8_t>(), absmax.const_data_ptr(),
           table ? nested->const_data_ptr<float>() : nullptr, table ? table->const_data_ptr<float>() : nullptr,
           table ? *offset->const_data_ptr<float>() : 0.f, codebook.const_data_ptr<float>(), nullptr, nullptr};
 }
@@ -172,11 +217,17 @@ Tensor product(const Tensor& x, const Tensor& planes, const Tensor& absmax, cons
   Problem p = describe(planes, absmax, nested, offset, table, codebook, block);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.K, "x: expected (tokens, ", p.K, "), got ", x.sizes());
   p.tokens = x.size(0);
-  const Tensor ordered = x.to(at::kFloat).reshape({p.tokens, 4, p.K / 64, kStep, 2}).permute({0, 2, 1, 4, 3}).contiguous();
+  const Tensor wide = x.to(at::kFloat);
+  const Tensor ordered =
+      (p.four ? wide.reshape({p.tokens, p.K / 16, kStep, 2}).permute({0, 1, 3, 2})
+              : wide.reshape({p.tokens, 4, p.K / 64, kStep, 2}).permute({0, 2, 1, 4, 3}))
+          .contiguous();
   Tensor out = at::empty({p.tokens, p.N}, ordered.options());
   p.x = ordered.const_data_ptr<float>();
   p.out = out.mutable_data_ptr<float>();
-  at::parallel_for(0, p.N, kGrain / p.K + 1, [&](int64_t begin, int64_t end) { multiply_rows(p, begin, end); });
+  at::parallel_for(0, p.N, kGrain / p.K + 1, [&](int64_t begin, int64_t end) {
+    p.four ? multiply_rows<true>(p, begin, end) : multiply_rows<false>(p, begin, end);
+  });
   if (bias) out.add_(*bias);
   return out.to(x.scalar_type());
 }
@@ -193,7 +244,7 @@ Tensor rows(const Tensor& planes, const Tensor& absmax, const std::optional<Tens
     std::vector<float> s(p.K / p.block);
     for (int64_t row = begin; row < end; ++row) {
       decode_scales(p, row, s.data());
-      decode_row(p, row, s.data(), to + (row - first) * p.K);
+      (p.four ? decode_row<true> : decode_row<false>)(p, row, s.data(), to + (row - first) * p.K);
     }
   });
   return W;
