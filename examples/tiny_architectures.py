@@ -111,7 +111,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": WORDS, "mask_token_id": 98, "pad_token_id": 0},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * 4},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "intermediate_size": [96] * 4},
     "gemma4": {"vision_config": _GEMMA4_VISION},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
