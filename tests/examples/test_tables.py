@@ -45,15 +45,20 @@ def test_methods_are_tried_by_ranks_that_they_take(load):
     assert tried["oats"] == {"uniform", "owl", "angular"}
 
 
+def save_mixture(directory, tokenizer):
+    """A random mixture with the vocabulary of a tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    few = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 32}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **few)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def test_experts_go_by_each_score_and_are_healed(load, tmp_path, monkeypatch):
     """Each seed removes others, more routes end at experts of a high score, and a second call measures nothing."""
     table, tokenizer = load("experts_table"), load_model(embedded_model("pre"))[1]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
-    few = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 16}
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **few)).save_pretrained(tmp_path / "mixture")
-    tokenizer.save_pretrained(tmp_path / "mixture")
+    save_mixture(tmp_path / "mixture", tokenizer)
     options = ["--model", str(tmp_path / "mixture"), "--output", str(tmp_path / "table"), "--sequence-length", "32"]
     options += ["--scores", "frequency", "random", "--seeds", "2", "--shares", "0.5", "--methods", "removed", "merged"]
     options += ["--calibration-samples", "4", "--tuning-samples", "4", "--report-samples", "4"]
@@ -71,3 +76,24 @@ def test_experts_go_by_each_score_and_are_healed(load, tmp_path, monkeypatch):
     monkeypatch.setattr(table.Bench, "make", lambda *_: pytest.fail("it was measured again"))
     table.main()
     assert (tmp_path / "table" / "table.md").read_text() == page
+
+
+def test_bits_of_experts(load, tmp_path, monkeypatch):
+    """All choices keep their budget, compensation is another rounding, and a second call measures nothing."""
+    table, tokenizer = load("expert_bits_table"), load_model(embedded_model("pre"))[1]
+    save_mixture(tmp_path / "mixture", tokenizer)
+    options = ["--model", str(tmp_path / "mixture"), "--output", str(tmp_path / "table"), "--sequence-length", "32"]
+    options += ["--calibration-samples", "4", "--tuning-samples", "4", "--report-samples", "4", "--seeds", "2"]
+    choices = ["all in 4 bits", "uniform", "layer: owl", "layer: random", "expert: reap", "expert: random"]
+    monkeypatch.setattr(sys, "argv", ["expert_bits_table.py", *options, "--choices", *choices])
+    table.main()
+    rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
+    assert [row["choice"] for row in rows[::2]] == [c for c in choices for _ in range(1 + c.endswith("random"))]
+    found = {(row["choice"], row["rounding"], row["seed"]): row for row in rows}
+    assert all(row["bits"] <= 3.51 for row in found.values() if ":" in row["choice"])
+    assert found["uniform", "nearest", 0]["bits"] < found["all in 4 bits", "nearest", 0]["bits"]
+    assert len({row["perplexity"] for row in rows}) > len(choices)
+    page = (tmp_path / "table" / "table.md").read_text()
+    monkeypatch.setattr(table.Bench, "measure", lambda *_: pytest.fail("it was measured again"))
+    table.main()
+    assert (tmp_path / "table" / "table.md").read_text() == page and "| expert: reap |" in page
