@@ -133,8 +133,11 @@ def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
     lines = [line for line in explained.partition("quantizing pre")[0].splitlines() if line]
     pair = [RunReport.load(tmp_path / placement) for placement in EMBEDDED_PLACEMENTS]
     first, second = (format_number(report.results["layer_drop"]["intact"]) for report in pair)
-    assert len(lines) == 4 and lines[0].startswith("• Effective depth shows how evenly the 12 layers")
-    assert f"differ little ({first} pre, {second} lns)" in lines[2] and "arXiv 2502.05795" in lines[3]
+    assert len(lines) == 5 and lines[0].startswith("• Effective depth shows how evenly the 12 layers")
+    assert f"differ little ({first} pre, {second} lns)" in lines[3] and "arXiv 2502.05795" in lines[4]
+    assert (
+        all(format_number(report.results["late_share"]) in lines[2] for report in pair) and "smaller share" in lines[2]
+    )
     assert all(format_number(report.layers["variance"][-1]) in lines[1] for report in pair)
     assert imread(tmp_path / "compare.png").std() > 0.05, "something is drawn"
     for placement in EMBEDDED_PLACEMENTS:

@@ -64,6 +64,7 @@ RIGHT = {
     "source": "no/such-model",
     "header": {},
     "scores": hf_cod.LayerScores("", "owl", [1.0], [1]),
+    "output": "made",
 }
 
 
@@ -106,7 +107,7 @@ MISTAKES = {
     "samples": ({"seed": 1}, "expected SampleSettings or None, got dict"),
     "config": (3.5, "expected OwlBnbConfig or None, got 3.5"),
     "journal": (7, "expected a path or None, got 7"),
-    "output": (7, "expected a path or None, got 7"),
+    "output": (7, "expected a path( or None)?, got 7"),
     "output_dir": (7, "expected a path or None, got 7"),
     "history": (7, "expected a path or None, got 7"),
     "layers_path": (3, "expected a string or None, got 3"),

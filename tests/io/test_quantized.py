@@ -82,7 +82,9 @@ def test_the_dense_copy_that_the_error_names_is_one(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "torchao"])
 @pytest.mark.parametrize("command", ["diagnose", "prune"])
-def test_a_missing_package_is_named_with_the_format(folder, tmp_path, method, command, capsys):
+def test_a_missing_package_is_named_with_the_format(folder, tmp_path, method, command, capsys, monkeypatch):
+    for module in ("quantizers.quantizer_compressed_tensors", "utils.quantization_config"):
+        monkeypatch.setattr(f"transformers.{module}.is_compressed_tensors_available", lambda: False)
     build("llama").save_pretrained(tmp_path / "model")
     gpt_like().save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import tempfile
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ CALLS = {
     "diagnose": lambda model: (model,),
     "drop_experts": lambda model: (model, 0.5),
     "drop_layers": lambda model: (model, [1], "linear"),
+    "export": lambda model: (model, tempfile.mkdtemp()),
     "factorize": lambda model: (model, 0.7),
     "narrow": lambda model: (model, 0.8, "fluctuation"),
     "perplexity": lambda model: (model,),
@@ -38,12 +40,13 @@ CALLS = {
 }
 OPTIONS = {
     "diagnose": {"show_progress": False, "metrics": ["angular_distance", "gradient_norm"]},
+    "export": {"to": "auto-round", "bits": 3.6},
     "narrow": {"channel_multiple": 8},
     "quantize": {"bits": 3.5},
     "recover": {"steps": 3},
 }
 # These work without batches by default.
-OPTIONAL = {"quantize"}
+OPTIONAL = {"export", "quantize"}
 # These have a seed of their own, also for batches; the keyword sets both.
 SEEDED = {"recover"}
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
-from examples.tiny_architectures import build
+from examples.tiny_architectures import build, tiny_config
 from hf_cod import drop, factorize, find_decoder_layers, skip
 from hf_cod.layers.removal.drop import check_drop
 
@@ -18,8 +19,14 @@ WIDTH = 8
 
 
 def model_of(kind):
-    """A model whose outputs depend on its tables: some weights of a new Gemma 3n are 0."""
-    model = build(kind)
+    """A model whose outputs depend on its tables: some weights of a new Gemma 3n are 0; its layers share no keys."""
+    if kind == "gemma3n_text":
+        config = tiny_config(kind)
+        config.num_kv_shared_layers = 0
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+    else:
+        model = build(kind)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
