@@ -45,3 +45,11 @@ def check_rank(rank: int | None, layers: ActiveLayers) -> None:
     widths = _widths(layers)
     if rank is not None and widths and rank > max(widths):
         raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
+
+
+def expert_biases(layers: ActiveLayers) -> set[int]:
+    """Ids of the biases of experts, (experts, out), which are no matrix: a basis of their gradient would hold only the
+    experts that had tokens.
+    """
+    found = (m.bias for index in range(len(layers.stack)) for m in layers.stack.expert_matrices(index))
+    return {id(bias) for bias in found if bias is not None}
