@@ -22,7 +22,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_shards, release
 from hf_cod.training.owlore.eight_bit import codebook
-from hf_cod.training.owlore.fitting import check_rank, expert_biases, fitted
+from hf_cod.training.owlore.fitting import check_rank, fitted, ranks
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
 from hf_cod.training.owlore.sampling import make_sampler
@@ -134,7 +134,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.steps, self._failures, self._compared = 0, 0, False
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
-        self._whole = expert_biases(self.layers)
+        self.ranks = ranks(self.layers, self.settings.rank)
         self._fused = UpdateInBackward(self.update, self._numbers) if self.settings.fused else None
         self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which raises the error
         self.layers.end_at_lowest()
@@ -177,10 +177,6 @@ class OwLoreAdamW(torch.optim.Optimizer):
         A new OwLoreAdamW of the same model does this automatically.
         """
         release(self.layers.model)
-
-    def rank_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> int | None:
-        """The rank to which a parameter's gradient is projected if it is wider; None: full rank."""
-        return None if group["layer"] is None or id(parameter) in self._whole else self.settings.rank
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, bases and the number of steps: everything that an exact resume requires."""
@@ -278,7 +274,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         assert grad is not None
         for key in state.keys() - {"step", "draw"}:
             state[key] = state[key].to(parameter.device)  # the state may have been offloaded
-        rank, seed = self.rank_of(parameter, group), self.settings.seed
+        rank, seed = self.ranks.get(id(parameter)), self.settings.seed
         if is_projected(parameter, rank):
             refresh_basis(state, grad, rank or 0, self.draw, generator_of(seed, self.draw, number, _BASIS))
         N = adam_direction(state, grad, group["betas"], group["eps"], self.settings.moments == "8bit")
