@@ -45,3 +45,14 @@ def check_rank(rank: int | None, layers: ActiveLayers) -> None:
     widths = _widths(layers)
     if rank is not None and widths and rank > max(widths):
         raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
+
+
+def ranks(layers: ActiveLayers, rank: int | None) -> dict[int, int | None]:
+    """Id of each parameter of the layers -> the rank to which its gradient is projected, if it is wider.
+
+    Biases of experts, (experts, out), are no matrix and get none: a basis of their gradient would hold only the experts
+    that had tokens.
+    """
+    found = (m.bias for index in range(len(layers.stack)) for m in layers.stack.expert_matrices(index))
+    biases = {id(bias) for bias in found if bias is not None}
+    return {id(p): None if id(p) in biases else rank for parameters in layers.layers for p in parameters}

@@ -22,7 +22,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_shards, release
 from hf_cod.training.owlore.eight_bit import codebook
-from hf_cod.training.owlore.fitting import check_rank, fitted
+from hf_cod.training.owlore.fitting import check_rank, fitted, ranks
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
 from hf_cod.training.owlore.sampling import make_sampler
@@ -134,6 +134,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.steps, self._failures, self._compared = 0, 0, False
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
+        self.ranks = ranks(self.layers, self.settings.rank)
         self._fused = UpdateInBackward(self.update, self._numbers) if self.settings.fused else None
         self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which raises the error
         self.layers.end_at_lowest()
@@ -273,8 +274,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         assert grad is not None
         for key in state.keys() - {"step", "draw"}:
             state[key] = state[key].to(parameter.device)  # the state may have been offloaded
-        rank, seed = self.settings.rank, self.settings.seed
-        if group["layer"] is not None and is_projected(parameter, rank):
+        rank, seed = self.ranks.get(id(parameter)), self.settings.seed
+        if is_projected(parameter, rank):
             refresh_basis(state, grad, rank or 0, self.draw, generator_of(seed, self.draw, number, _BASIS))
         N = adam_direction(state, grad, group["betas"], group["eps"], self.settings.moments == "8bit")
         generator: torch.Generator | None = None

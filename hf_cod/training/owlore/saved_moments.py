@@ -41,7 +41,7 @@ def layouts(optimizer: OwLoreAdamW) -> list[Layout]:
     shapes = iter(optimizer.state_dict()[KEY]["shapes"])
     settings = optimizer.settings
     return [
-        _layout(p, next(shapes), settings.rank if group["layer"] is not None else None, settings.moments == "8bit")
+        _layout(p, next(shapes), optimizer.ranks.get(id(p)), settings.moments == "8bit")
         for group in optimizer.param_groups
         for p in group["params"]
     ]

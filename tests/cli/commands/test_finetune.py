@@ -25,11 +25,12 @@ from hf_cod.io.packing import pack
 from hf_cod.io.text import embedded_text
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.estimate import estimate_memory
-from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.estimate import estimate_memory, take_worst_draw
+from hf_cod.training.runs.memory import LiveStorages, gradients_counted, state_of, train_steps
+from hf_cod.training.runs.methods import METHODS, set_up
 from hf_cod.training.runs.trainer import scores_to_draw_by
 from hf_cod.training.runs.training_settings import TrainingSettings
-from tests.tiny_models import MIXTURES, build
+from tests.tiny_models import MIXTURES, build, build_mixture
 from tests.tiny_training import dies_in_step_five
 
 ANY = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --save-every 2"
@@ -173,6 +174,31 @@ def test_estimates_of_mixtures_of_experts(family):
         build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), micro_batch_size=1, sequence_length=8
     )
     assert found.total > 1.2 * found.weights > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("method", ["owlore", "lisa"])
+def test_estimates_of_mixtures_are_those_of_real_tensors(kind, method):
+    """Two real steps on the same layers; the estimate is within 1 %."""
+    how = OwLoreSettings(n_active=2, rank=2 if method == "owlore" else None, floor=1.0)
+    model = build_mixture(kind)
+    found = estimate_memory(model.config, method, how, micro_batch_size=2, sequence_length=32)
+    trained, optimizer = set_up(method, model, None, how, 0.0, 4)
+    take_worst_draw(optimizer)
+    ids = torch.randint(3, 99, (2, 32), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    counter = LiveStorages(model.config.vocab_size)
+    counter.add([*trained.parameters(), *trained.buffers()], "weights")
+    counter.add(batch.values())
+
+    def entered(phase):
+        counter.add(state_of(optimizer), "optimizer state")
+        counter.phase = phase
+
+    with gradients_counted(trained, counter), counter:
+        train_steps(trained, optimizer, batch, steps=2, entered=entered)
+    assert found.total == pytest.approx(counter.memory().total, rel=0.01)
+    assert found.optimizer_state == pytest.approx(sum(t.nbytes for t in state_of(optimizer)), rel=0.01)
 
 
 def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsys):

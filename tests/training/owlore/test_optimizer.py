@@ -21,7 +21,7 @@ from transformers import (
 from hf_cod import LayerScores, OwLoreAdamW, allocate, owlore, score_layers
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import set_up
-from tests.tiny_models import batch_for, build
+from tests.tiny_models import batch_for, build, build_mixture
 from tests.tiny_training import rows, run_in_two_processes
 from tests.training.owlore.references import adamw, galore
 
@@ -179,6 +179,44 @@ def test_an_expert_gets_its_basis_from_its_first_token():
                 float(torch.linalg.norm(late)), rel=1e-4
             )
     assert optimizer.state[bank]["draw"].tolist() == [1, 1, 1, -2]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
+def test_each_expert_is_trained_in_its_own_basis(kind):
+    """GaLore of one expert's gradients is what its part of the bank does; biases of experts are in full rank, since a
+    basis of (experts, out) holds only the experts that had tokens.
+    """
+    model = build_mixture(kind).double()
+    how = {"n_active": 4, "interval": 3, "rank": 2, "scale": 0.25}
+    optimizer = OwLoreAdamW(model, lr=1e-2, **how)
+    banks = [m for i in range(4) for m in optimizer.layers.stack.expert_matrices(i)]
+    states = {}
+    random = torch.Generator().manual_seed(1)
+    for step in range(3):
+        before = {m.name: m.parameter.detach().clone() for m in banks}
+        biases = {m.name: m.bias.detach().clone() for m in banks if m.bias is not None}
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=random, dtype=p.dtype)
+        for m in banks:  # of rank 2, so that the basis is exact; the last expert never has a token
+            left, right = m.parameter.grad[..., :2], m.parameter.grad[:, :2]
+            m.parameter.grad = left @ right
+            m.parameter.grad[-1] = 0
+            if m.bias is not None:
+                m.bias.grad[:2] *= step > 0
+                m.bias.grad[-1] = 0
+        grads = {m.name: m.parameter.grad.clone() for m in banks}
+        of_biases = {m.name: m.bias.grad.clone() for m in banks if m.bias is not None}
+        optimizer.step()
+        for m in banks:
+            state = states.setdefault((m.name, "one"), {})
+            expected = galore(before[m.name][1], grads[m.name][1], state, 1e-2, 2, step == 0, 0.25)
+            torch.testing.assert_close(m.parameter[1].detach(), expected, atol=1e-6, rtol=1e-4, msg=m.name)
+            assert torch.equal(m.parameter[-1], before[m.name][-1]) and m.parameter.isfinite().all()
+            if m.bias is not None:
+                expected = adamw(biases[m.name], of_biases[m.name], states.setdefault((m.name, "bias"), {}), 1e-2)
+                torch.testing.assert_close(m.bias.detach(), expected, atol=1e-9, rtol=1e-7, msg=m.name)
+                assert torch.equal(m.bias[-1], biases[m.name][-1])
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("deselected", ["drop", "keep", "offload"])
