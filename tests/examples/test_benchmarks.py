@@ -14,6 +14,7 @@ TEXT = EXAMPLES.parent / "hf_cod" / "assets" / "persuasion.txt"
 MODEL = ["--model", str(embedded_model("pre"))]
 SAMPLES = ["--sequence-length", "32", "--calibration-samples", "4"]
 QUICK = {
+    "benchmarks/bank_bases.py": "--warm-up 2 --steps 2 --widths 32 --ranks 4",
     "benchmarks/callback.py": "--batch 2 --tokens 16 --steps 4 --every 2 --rounds 1",
     "benchmarks/diagnose.py": "--batch-size 2 --sequence-length 16 --rounds 1 --slow-rounds 1",
     "benchmarks/experts.py": "--experts 2 --top-k 1 --hidden 64 --intermediate 64 --tokens 1 4 --rounds 1",
