@@ -68,9 +68,9 @@ def trained_on(source: str, text: TextSettings, eval_text: str | None) -> list[s
         report, _ = report_of(source)
     except ValueError:  # none, or of other origin
         return []
-    used = report.settings.get("text")
     measured = text.text if eval_text is None else eval_text
-    if report.kind not in TRAININGS or not _same_text(used, measured):
+    known = report.kind in TRAININGS and "text" in report.settings
+    if not known or not _same_text(report.settings["text"], measured):
         return []
     shown = "the embedded text" if measured is None else Path(measured).name
     return [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_cod.functional.damping import damped_cholesky
 from hf_cod.functional.depth import wide
+from hf_cod.functional.products import output_energy
 
 DAMPING = 0.01  # share of each column's energy
 
@@ -161,5 +162,5 @@ def lost_energy(W: Tensor, M: Tensor, k: Tensor, kept: Tensor, bias: Tensor | No
     E[:, k] -= kept.to(M)
     if bias is not None:
         E[:, -1] = -bias.to(M)
-    before = float(((W @ M[:-1, :-1]) * W).sum())
-    return max(0.0, float(((E @ M) * E).sum())) / before if before > 0 else 0.0
+    before = output_energy(W, M[:-1, :-1])
+    return max(0.0, output_energy(E, M)) / before if before > 0 else 0.0

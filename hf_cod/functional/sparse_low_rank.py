@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_cod.functional.depth import wide
 from hf_cod.functional.factorization import balanced, factorize
+from hf_cod.functional.products import output_energy
 from hf_cod.functional.ranks import ROUNDING, Shape, most_rank
 from hf_cod.functional.sparsity import lowest, zero_counts
 
@@ -98,4 +99,4 @@ def _threshold(M: Tensor, zeros: Tensor) -> Tensor:
 
 def _energy(E: Tensor, H: Tensor | None) -> float:
     """|| X E^T ||_F^2; without H || E ||_F^2."""
-    return float((E * (E if H is None else E @ H)).sum())
+    return float((E * E).sum()) if H is None else output_energy(E, H)

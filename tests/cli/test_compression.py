@@ -9,6 +9,7 @@ import torch
 from hf_cod import LayerScores, find_decoder_layers, perplexity
 from hf_cod.cli.compression import compress
 from hf_cod.cli.main import main
+from hf_cod.cli.samples import trained_on
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.io.files import JsonFile
@@ -125,6 +126,13 @@ def test_a_model_that_was_trained_on_the_text_has_a_note(trained, folder, capsys
     assert [note.partition(",")[0] for note in notes] == (
         ["the input model was trained on text.txt (finetune)"] if trained == "text.txt" else []
     )
+
+
+def test_a_report_that_does_not_name_its_text_says_nothing_of_it(tmp_path):
+    RunReport("heal", "m", {}, environment(), {}, {}).save(tmp_path)
+    assert trained_on(str(tmp_path), TextSettings(), None) == []
+    RunReport("heal", "m", {"text": None}, environment(), {}, {}).save(tmp_path)
+    assert len(trained_on(str(tmp_path), TextSettings(), None)) == 1, "the embedded text"
 
 
 def test_report_keys_and_the_order_of_its_sentences(folder, capsys):

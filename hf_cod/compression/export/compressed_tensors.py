@@ -17,15 +17,15 @@ from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.export.plan import ExportPlan
 from hf_cod.compression.export.request import Request, Written, by_width
 from hf_cod.compression.export.uniform import PACKED, SCALE, SHAPE, decode, round_uniform
+from hf_cod.functional.products import output_energy
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers
 
-# vLLM runs these widths since June 2026; our measurements are of three and four bits.
+# vLLM runs these widths since June 2026.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 UNCALIBRATED = (
     "no calibration dataset: rounding is to nearest, without error compensation, which costs much quality at 3 bits"
@@ -36,7 +36,7 @@ def write(request: Request) -> Written:
     """Rounds the matrices and saves the checkpoint.
 
     Raises:
-        ValueError: weights that cannot be replaced, layers that cannot be run one after another, NaN or infinity.
+        ValueError: weights that cannot be replaced, NaN or infinity.
     """
     stack, plan = request.stack, request.plan
     model: Any = stack.model
@@ -48,9 +48,11 @@ def write(request: Request) -> Written:
     calibrated = request.batches is not None
     finished = FinishedLayers(request.journal, work, change.tensors_of, change.put_back, change.check_note)
     title = f"quantizing to {plan.bits():.2f} bits"
+    passes: list[str] = []
     if request.batches is not None:
-        check_independent(stack, "export", request.batches)
-        change_sequentially(stack, request.batches, ProductsRecorder, change, finished, title, request.show_progress)
+        passes = change_sequentially(
+            stack, request.batches, ProductsRecorder, change, finished, title, request.show_progress
+        )
     else:
         change_each(stack, change, finished, title, request.show_progress)
     _save(request, change.packed, entry(plan, targets))
@@ -60,6 +62,7 @@ def write(request: Request) -> Written:
         [
             *([] if calibrated or request.statistics is not None else [UNCALIBRATED]),
             *use.notes_on(stack),
+            *passes,
             *(f"no token entered {name}: rounded to nearest" for note in notes for name in note["unseen"]),
         ],
         {name: error for note in notes for name, error in note["errors"].items()},
@@ -135,13 +138,12 @@ class _LayerChange:
 
     def __init__(self, stack: DecoderLayers, plan: ExportPlan, request: Request) -> None:
         assert plan.group is not None
-        self._stack, self._plan, self._group, self._statistics = stack, plan, plan.group, request.statistics
+        self._stack, self._plan, self._group = stack, plan, plan.group
         self._measured = request.batches is not None
+        self._statistics = None if self._measured else request.statistics
         self._names = [[n for n in plan.widths if plan.layers[n] == index] for index in range(len(stack))]
         self.packed: dict[str, dict[str, Tensor]] = {}
-        used = None if self._measured else request.statistics
-        self._statistics = used
-        self.digests = {} if used is None else used.digests()
+        self.digests = {} if self._statistics is None else self._statistics.digests()
 
     @torch.no_grad()
     def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
@@ -187,9 +189,8 @@ class _LayerChange:
 def _lost(W: Tensor, Q: Tensor, products: Tensor) -> float:
     """|| X (W - Q)^T ||_F^2 / || X W^T ||_F^2."""
     W = W.to(products.dtype)
-    difference = W - Q.to(products)
-    whole = ((W @ products) * W).sum()
-    return float(((difference @ products) * difference).sum() / whole) if whole > 0 else 0.0
+    whole = output_energy(W, products)
+    return output_energy(W - Q.to(products), products) / whole if whole > 0 else 0.0
 
 
 def _save(request: Request, packed: Mapping[str, dict[str, Tensor]], config: dict[str, Any]) -> None:

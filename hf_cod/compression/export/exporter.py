@@ -15,6 +15,7 @@ from hf_cod.compression.export.targets import TARGETS, Target
 from hf_cod.compression.quantization.plan import BitPlan
 from hf_cod.io.arguments import checked
 from hf_cod.io.output_checks import check_unused
+from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
@@ -100,9 +101,8 @@ def export(
         if scores is not None:
             raise ValueError("scores: expected none with a plan, which has the bits of each layer, got both")
         check_effect(chosen, ["bits"], "a plan, which has the bits of each layer")
-    if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False):
-        raise ValueError(f"model: expected dense weights without wrappers, got {type(model).__name__}")
     stack = find_decoder_layers(model, layers_path)
+    check_unquantized(model, name_of(stack))
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     if batches is not None:
         check_inputs(stack.model, batches)
@@ -111,7 +111,7 @@ def export(
     choice = choose_modules(stack, chosen)
     planned = _plan(choice.stack, target, chosen, scores, plan)
     directory.mkdir(parents=True, exist_ok=True)
-    if statistics is None and batches is not None and not target.rounds and target.name == "llama.cpp":
+    if target.weighted and statistics is None and batches is not None:
         statistics = collect_statistics(model, batches, layers_path=layers_path, name=name, show_progress=show_progress)
     request = Request(choice.stack, planned, directory, scores, statistics, batches, journal, show_progress)
     written = target.write(request)

@@ -20,9 +20,9 @@ def write(request: Request) -> Written:
     dynamic: dict[str, dict[str, int]] = {}
     for width, names in by_width(plan.widths).items():
         if width != base:
-            dynamic |= {f"+:{rule}": {"bits": width} for rule in expressions(plan, names)}
+            dynamic |= {f"+:{rule}": {"bits": width} for rule in expressions(names)}
     left = [name for name in plan.left if name in dict(request.stack.model.named_modules())]
-    dynamic |= {f"-:{rule}": {} for rule in expressions(plan, left)}
+    dynamic |= {f"-:{rule}": {} for rule in expressions(left)}
     config = {
         "bits": base,
         "group_size": plan.group,

@@ -10,7 +10,7 @@ from hf_cod.compression.export.plan import ExportPlan
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def expressions(plan: ExportPlan, names: list[str]) -> list[str]:
+def expressions(names: list[str]) -> list[str]:
     """Regular expressions for whole names, one for matrices of the same name in several layers."""
     places: dict[str, list[str]] = {}
     for name in names:

@@ -22,29 +22,23 @@ class Target:
         name: its name in `settings.TARGETS`.
         widths: the nominal bits that it has, rising.
         write: writes the files of an export to its output directory.
-        bits: size of a matrix in a file.
-        refusal: (size, group) -> why a matrix cannot be quantized, or None.
+        stored: size of a matrix in a file, scales included.
+        reason: (size, group) -> why a matrix cannot be quantized, or None.
         grouped: whether the size of groups with one scale can be chosen.
         fuses: whether matrices with the same input must have one width.
-        rounds: whether `write` rounds the weights of the model, for which it requires calibration batches.
+        rounds: whether `write` rounds the weights of the model, with error compensation if there are batches.
+        weighted: whether `write` takes statistics of the inputs.
     """
 
     name: str
     widths: tuple[int, ...]
     write: Callable[[Request], Written]
-    bits: Stored
-    refusal: Callable[[Size, int | None], str | None] = undivided
+    stored: Stored
+    reason: Callable[[Size, int | None], str | None] = undivided
     grouped: bool = True
     fuses: bool = False
     rounds: bool = False
-
-    def stored(self, size: Size, width: int, group: int | None, scale_bits: int) -> int:
-        """The number of bits of a matrix in a file, scales included."""
-        return self.bits(size, width, group, scale_bits)
-
-    def reason(self, size: Size, group: int | None) -> str | None:
-        """Why a matrix of this size cannot be quantized; None if it can."""
-        return self.refusal(size, group)
+    weighted: bool = False
 
 
 def _grouped(more: int | None, size: Size, width: int, group: int | None, scale_bits: int) -> int:
@@ -67,11 +61,17 @@ TARGETS = {
             rounds=True,
         ),
         Target(
-            "llama.cpp", llama_cpp.WIDTHS, llama_cpp.write, llama_cpp.stored, refusal=llama_cpp.reason, grouped=False
+            "llama.cpp",
+            llama_cpp.WIDTHS,
+            llama_cpp.write,
+            llama_cpp.stored,
+            llama_cpp.reason,
+            grouped=False,
+            weighted=True,
         ),
         Target("gptqmodel", gptqmodel.WIDTHS, gptqmodel.write, _GPTQ, fuses=True),
         Target("auto-round", auto_round.WIDTHS, auto_round.write, _GPTQ, fuses=True),
         Target("mlx", mlx.WIDTHS, mlx.write, partial(_grouped, mlx.SCALE_BITS)),
-        Target("exl3", exl3.WIDTHS, exl3.write, exl3.stored, refusal=exl3.reason, grouped=False),
+        Target("exl3", exl3.WIDTHS, exl3.write, exl3.stored, exl3.reason, grouped=False),
     )
 }

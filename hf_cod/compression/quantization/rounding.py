@@ -18,6 +18,7 @@ from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Width
 from hf_cod.functional import codebook
 from hf_cod.functional.damping import shrunk
+from hf_cod.functional.products import output_energy
 from hf_cod.layers.experts import ExpertMatrix, parameters_of
 from hf_cod.layers.orientation import is_transposed, shape_of
 
@@ -147,8 +148,8 @@ class Rounding:
         scales = tensors["scales.absmax"], tensors.get("scales.nested_absmax"), tensors.get("scales.offset")
         codes = tensors["weight"].view(len(W), -1)
         Q = decoded_matrix(codes, scales, bits, self._storage.block, W.dtype)[:, : W.shape[1]]
-        self.lost += float((((W - Q) @ products) * (W - Q)).sum())
-        self.energy += float(((W @ products) * W).sum())
+        self.lost += output_energy(W - Q, products)
+        self.energy += output_energy(W, products)
 
 
 def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: torch.dtype | None = None) -> Any:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import collect_statistics, export, find_decoder_layers, perplexity, split_samples, token_batches
+from examples.tiny_architectures import build as tiny_architecture
+from hf_cod import collect_statistics, export, find_decoder_layers, perplexity, quantize, split_samples, token_batches
 from hf_cod.compression.export.compressed_tensors import WIDTHS
 from tests.compression.export.models import batches, llama, scores
 from tests.tiny_models import build
@@ -129,12 +130,26 @@ def test_resumes_from_finished_layers(tmp_path):
     assert one == two == three
 
 
+def test_layers_that_share_keys_and_values(tmp_path):
+    """The whole model runs for each layer, and the report says so."""
+    model = tiny_architecture("gemma3n_text")
+    report = export(model, tmp_path, bits=4, batches=[{"input_ids": torch.arange(3, 35).view(2, 16)}])
+    assert any(note.startswith("the whole model was run for each layer") for note in report.notes)
+    assert set(report.results["module_bits"].values()) <= {2, 3, 4} and all(e > 0 for e in report.layers["error"])
+
+
 def test_bad_input(tmp_path):
     model = llama()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(ValueError, match=r"^output: expected a new directory, an empty one"):
         export(model, tmp_path / "full")
+    with pytest.raises(ValueError, match=r"^model: expected a loaded transformers model, got Sequential"):
+        export(nn.Sequential(model), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"^model: expected plain .*weights, got weights stored by hf-cod"):
+        packed = build("llama", hidden_size=64, intermediate_size=128)
+        quantize(packed, bits=4)
+        export(packed, tmp_path / "out")
     with pytest.raises(ValueError, match=r"^to: expected one of compressed-tensors, .*, got 'tensorrt'"):
         export(model, tmp_path / "out", to="tensorrt")
     with pytest.raises(ValueError, match=r"^group_size: expected 128, 64, 32, got 48"):
@@ -151,7 +166,6 @@ def test_bad_input(tmp_path):
 
 @pytest.mark.slow
 def test_three_bits_of_a_real_model_require_compensation(smollm2, brown_text, tmp_path):
-    """Measured with all layers in three bits: perplexity 167 to nearest, 79 with compensation."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     samples = token_batches(tokenizer, brown_text, max_samples=12, sequence_length=256, batch_size=4)
     calibration, held_out = split_samples(samples, 8)
