@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,13 @@ NODE = shutil.which("node")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
+# The browser reads messages from file 3 and writes to file 4; both are first moved away from these two numbers.
+AS_3_AND_4 = (
+    "import os, sys, fcntl\n"
+    "reads, writes = (fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3])\n"
+    "os.dup2(reads, 3), os.dup2(writes, 4)\n"
+    "os.execv(sys.argv[3], sys.argv[3:])\n"
+)
 KEYS = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 PATIENCE = 60  # seconds
 
@@ -28,7 +36,7 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         reads, self._out = os.pipe()
         self._in, writes = os.pipe()
-        command = ["sh", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "sh", str(CHROMIUM), *OPTIONS]
+        command = [sys.executable, "-c", AS_3_AND_4, str(reads), str(writes), str(CHROMIUM), *OPTIONS]
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={folder}"],
             pass_fds=(reads, writes),

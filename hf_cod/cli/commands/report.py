@@ -111,7 +111,7 @@ def _write_page(reports: Sequence[RunReport], labels: Sequence[str] | None, path
                 f"output: expected a new file, or an earlier page, got {str(path)!r}: {one_line(error)}; move it, or "
                 "name another --output"
             ) from error
-    write_text(path, page_of(reports, labels or [report.model for report in reports], _summary(reports)))
+    write_text(path, page_of(reports, labels or [report.model for report in reports], _summary(reports, labels)))
     say_written(path)
     return 0
 
@@ -128,17 +128,17 @@ def _write_space(reports: Sequence[RunReport], labels: Sequence[str] | None, opt
     directory = Path(options.output or f"hf-cod-space-{name.rpartition('/')[2]}")
     ours = {INDEX: check_page, CARD: check_card}
     with OutputDirectory(directory, check=lambda path: check_readable(path, ours)) as output:
-        write_space(output.results, reports, labels, _summary(reports))
+        write_space(output.results, reports, labels, _summary(reports, labels))
         output.finish()
     told = f"; uploaded to {upload_space(name, directory, [INDEX, CARD])}" if options.upload else ""
     say_written(directory, told)
     return 0
 
 
-def _summary(reports: Sequence[RunReport]) -> list[str]:
+def _summary(reports: Sequence[RunReport], labels: Sequence[str] | None) -> list[str]:
     """The sentences of a single report; of several ones those of a comparison, if they are of diagnose."""
     from hf_cod.reporting.comparison import compare
 
     if len(reports) == 1:
         return reports[0].summary
-    return compare(reports).verdict if all(report.kind == "diagnose" for report in reports) else []
+    return compare(reports, labels).verdict if all(report.kind == "diagnose" for report in reports) else []

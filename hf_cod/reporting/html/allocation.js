@@ -55,7 +55,7 @@ function roundTo(values, choices, weights, first) {
   }
   const rest = (i) => Math.abs(gap - step[i]);
   const nearest = [...held.values()].reduce((best, i) => (best < 0 || rest(i) < rest(best) ? i : best), -1);
-  if (nearest >= 0 && rest(nearest) < Math.abs(gap)) place[nearest] = above[nearest];
+  if (nearest >= 0 && rest(nearest) < Math.abs(gap) * (1 - 1e-9)) place[nearest] = above[nearest];
   return place.map((index) => choices[index]);
 }
 
@@ -103,7 +103,8 @@ function lostBySparsity(sparsity) {
 // Error of the best scalar quantizer of a normal distribution, as a share of its energy.
 const lostByBits = (bits) => Math.min(1, ((Math.sqrt(3) * Math.PI) / 2) * 4 ** -bits);
 
-// The metric that is expected if layer l loses the share lost[l] of its energy: see `expected_metric`. NaN if unknown.
+// The metric that is expected if layer l loses the share lost[l] of its energy, by the sum of `expected_loss`; for
+// perplexity the loss is its logarithm. NaN if the metric without a changed layer is unknown.
 function expectedMetric({ metric, intact, without }, lost) {
   const logarithmic = metric === "perplexity";
   const loss = (value) => (logarithmic ? Math.log(value) : value);
