@@ -28,8 +28,7 @@ class ReportOptions:
     space: str | None = field(
         default=None,
         metadata={
-            "help": "write a directory with this page as a static Space of the Hub, named USER/NAME; default: none",
-            "metavar": "USER/NAME",
+            "help": "USER/NAME of a static Space of the Hub: write a directory with this page for it; default: none"
         },
     )
     upload: bool = field(
