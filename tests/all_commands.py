@@ -60,6 +60,7 @@ RUNS = {
     },
     "demo": "demo",
     "compare": "compare diagnose demo/lns",
+    "report": "report diagnose demo/lns --space me/layers",
     "card": "card trained {}",
     "convert": f"convert lns {SOURCE} {{}}",
     "history": "history trained/layer_diagnostics",

@@ -127,6 +127,7 @@ TESTED_BY = {
         "reporting/plots/names.py reporting/plots/panels.py reporting/plots/trade_off.py "
         "reporting/plots/training_panels.py"
     ),
+    "reporting/test_comparison.py": "io/report_results.py",
     "reporting/test_model_card.py": "cli/commands/card.py reporting/card_entries.py reporting/settings.py",
     "scoring/test_allocation.py": "scoring/layer_scores.py",
     "scoring/test_expert_methods.py": "analysis/statistics/expert_usage.py",

@@ -38,6 +38,7 @@ COMMANDS = {
     "heal": ("heal", "train a compressed model to match the original model (distillation)"),
     "finetune": ("finetune", "fine-tune a model, a few layers at a time"),
     "compare": ("compare", "compare several diagnosed runs"),
+    "report": ("report", "show a finished run again, also as an interactive page"),
     "card": ("card", "write the model card of a compressed, trained or pre-trained model"),
     "convert": ("convert", "convert between LayerNorm Scaling and stock checkpoints, and from the authors' code"),
     "env": ("env", "print versions and hardware, for bug reports"),

@@ -7,6 +7,7 @@ FIRST = "options"
 # Title -> options, in their order in all commands that have them.
 GROUPS = {
     FIRST: (
+        *("html", "space", "upload"),
         *("to", "text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "share"),
         *(
             "min_sparsity",

@@ -14,6 +14,7 @@ POSITIONAL = {
     "demo": [],
     "env": [],
     "compare": ["run", "run"],
+    "report": ["run"],
     "history": ["run"],
     "card": ["run", "card"],
     "convert": ["authors", "model", "converted", "--norm-type", "post_pre"],
@@ -35,6 +36,7 @@ FREE = [
     "labels",
     "sources",
     "comparison",
+    "space",
 ]
 COUNT, SHARE, POSITIVE = ["0", "-1", "x"], ["-0.1", "1.5", "nan", "x"], ["0", "-1", "nan", "inf", "x"]
 FILE = ["none.json", "text.txt"]
@@ -100,7 +102,7 @@ BAD = {
     "post_layers": ["x"],
     "diagnose output": ["text.txt"],  # these two keep what is there
     "score output": ["text.txt"],
-    **{f"{command} output": [] for command in ("compare", "history", "demo")},  # take what is there
+    **{f"{command} output": [] for command in ("compare", "report", "history", "demo")},  # take what is there
 }
 # Options that depend on one another: a whole command -> its error.
 TOGETHER = {
@@ -276,6 +278,7 @@ NOT_THERE = {
     "history taken": "run: expected a training history of hf_cod, got 'taken', which has no history.jsonl",
     "compare taken none": "runs: expected a directory with a report.json, or such a file, got 'taken', which has no",
     "compare none": "runs: expected a directory with a report.json, or such a file, got 'none', which does not exist",
+    "report none": "runs: expected a directory with a report.json, or such a file, got 'none', which does not exist",
     "card none": "directory: expected the output directory of a command, got 'none', which does not exist",
     "card taken": "directory: expected the output directory of a command, got 'taken', which has no report.json",
     "card text.txt": "directory: expected the output directory of a command, got 'text.txt', which is a file",

@@ -25,7 +25,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, required
-from hf_cod.layers.checks import name_of
+from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.fingerprints import Journals
@@ -74,6 +74,7 @@ def diagnose(
     - `idle_below`: the angular distance that rounding alone can cause; if no layer turns the state further, effective
       depth and late share are left out;
     - `layer_drop`: metric, lower_is_better, intact, without (one value per layer);
+    - `layer_parameters`: number of weights in each layer's matrices;
     - `intervals`: measure -> [low, high] of each layer, 95 % percentile bootstrap over samples; for `layer_drop` those
       of `without`. Fewer than 8 samples give no interval.
 
@@ -131,6 +132,7 @@ def diagnose(
         if output is not None and report.layers:
             report.save(output)
         raise MeasurementError(str(error) or type(error).__name__, report) from error
+    report.results["layer_parameters"] = sizes_of(stack)
     report.summary[:] = summarize(report)
     if output is not None:
         report.save(output)
