@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from hf_cod.io.files import fingerprint, write_aside
 from hf_cod.io.journal import Journal
 from hf_cod.io.reading import open_tensors
+from hf_cod.io.records import Record
+from hf_cod.io.text import strings_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
-def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+def token_stream(tokenizer: Any, texts: Iterable[str | Record]) -> Iterator[list[int]]:
     """The token ids of each text, followed by the end-of-text token.
 
     Raises:
@@ -57,14 +59,14 @@ def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: expected an end-of-text token between packed texts, got none")
-    rest = iter(texts)
+    rest = strings_of(tokenizer, texts)
     while some := list(islice(rest, TEXTS_AT_ONCE)):
         # verbose=False: a long text is meant to exceed the model's length here, windows are cut afterwards.
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             yield [*ids, tokenizer.eos_token_id]
 
 
-def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = None) -> Tensor:
+def pack(tokenizer: Any, texts: Iterable[str | Record], length: int, most: int | None = None) -> Tensor:
     """All texts, joined and cut into windows; tokens that do not fill the last window are left out.
 
     Args:
@@ -87,7 +89,7 @@ def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = N
     return flat[: windows * length].view(windows, length)
 
 
-def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> Tensor:
+def pack_once(file: Path, tokenizer: Any, texts: Iterable[str | Record], length: int) -> Tensor:
     """As `pack`, cached in a safetensors file; if the file exists, it is read instead.
 
     A damaged file is replaced, with a warning.
