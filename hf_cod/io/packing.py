@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from hf_cod.io.answers import AnswerRows
 from hf_cod.io.files import fingerprint, write_aside
 from hf_cod.io.journal import Journal
 from hf_cod.io.reading import open_tensors
@@ -119,12 +120,12 @@ class PackedText(Dataset[dict[str, Tensor]]):
     """The windows of a full training run, epoch after epoch, each epoch in an order of its own.
 
     Args:
-        windows: (N, T) token ids.
+        windows: (N, T) token ids, or rows of answers.
         length: number of windows in the run.
         seed: seed of the orders.
     """
 
-    def __init__(self, windows: Tensor, length: int, seed: int) -> None:
+    def __init__(self, windows: Tensor | AnswerRows, length: int, seed: int) -> None:
         self.windows = windows
         self.length = length
         self.seed = seed
@@ -134,7 +135,7 @@ class PackedText(Dataset[dict[str, Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Window `index` of the run as input_ids and labels, both (T,) int64."""
+        """Window `index` of the run as input_ids and labels, both (T,) int64; a row of answers has more."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         epoch, place = divmod(index, len(self.windows))
@@ -142,7 +143,8 @@ class PackedText(Dataset[dict[str, Tensor]]):
             # Seeded with both numbers, so that the second epoch of seed 0 differs from the first epoch of seed 1.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._orders[epoch] = torch.randperm(len(self.windows), generator=generator)
-        return _example(self.windows[int(self._orders[epoch][place])].long())
+        window = self.windows[int(self._orders[epoch][place])]
+        return _example(window.long()) if isinstance(window, Tensor) else window
 
 
 class PackedStream(IterableDataset[dict[str, Tensor]]):

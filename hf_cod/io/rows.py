@@ -27,7 +27,7 @@ def read_rows(settings: TextSettings) -> tuple[Iterable[str | Record], Format]:
     rows = load_rows(settings, plain=False)
     columns = rows.column_names
     if columns is None:  # of a stream, they may be unknown before the first row
-        columns = [*next(iter(rows), {settings.text_column: ""})]
+        columns = [*next(_read(rows, settings), {settings.text_column: ""})]
     chosen = find_format(columns, settings.text_column)
     if chosen.name == "text":
         check_effect(settings, ["chat_template"], "plain text")

@@ -37,7 +37,8 @@ from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints, lost_checkpoints
-from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
+from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, train
+from hf_cod.training.runs.training_data import split_windows
 from hf_cod.training.runs.training_settings import check_effects, for_samples, warn_of_one_draw
 
 
