@@ -25,6 +25,7 @@ from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import BASELINES, Step
 from hf_cod.cli.work import Work
 from hf_cod.io.display import say
+from hf_cod.io.module_names import without_unset
 from hf_cod.io.output_checks import check_unused
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
@@ -55,7 +56,7 @@ def compress(
         require_plots()
     check_texts(text, step.samples().eval_text)
     scores = getattr(files, "scores", None)
-    told = [step.command, source, asdict(loading), asdict(text), step.identity(), scores]
+    told = [step.command, source, asdict(loading), without_unset(asdict(text)), step.identity(), scores]
     output = OutputDirectory(directory, told, check=check_unused, source=source)
     work = partial(run, step, source, loading, text, scores_file=scores)
     if write_model(output, work, files, spent=OutputDirectory.journaled) is None:

@@ -28,7 +28,7 @@ GROUPS = {
     ),
     "model and text": (
         *("dtype", "trust_remote_code", "revision", "layers_path", "teacher_dtype", "teacher_revision"),
-        *("text_column", "text_split", "text_config", "eval_text"),
+        *("text_column", "text_split", "text_config", "chat_template", "eval_text"),
     ),
     "samples": (
         *("sequence_length", "max_samples", "tuning_samples", "eval_samples", "batch_size", "micro_batch_size"),

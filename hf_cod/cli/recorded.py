@@ -14,6 +14,8 @@ from hf_cod.cli.option_groups import FIRST, GROUPS
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.display import shell_word
 from hf_cod.io.report import RunReport
+from hf_cod.io.rows import text_notes
+from hf_cod.io.settings import TextSettings
 from hf_cod.reporting.result_card import SOURCES, public_value, source_of, write_cards
 from hf_cod.reporting.settings import CardSettings
 from hf_cod.scoring.settings import OPTIONS
@@ -29,9 +31,12 @@ MEASURED = {"samples": "number of calibration samples", "tokens": "number of cal
 
 
 def with_inputs(report: RunReport, *inputs: Any) -> RunReport:
-    """The report of a command, with the settings of its inputs (model loading, text, ...) among its settings."""
+    """The report of a command, with the settings of its inputs (model loading, text, ...) among its settings, and what
+    the text was read as among its notes.
+    """
     told = {name: value for each in inputs for name, value in asdict(each).items()}
-    return replace(report, settings={**report.settings, **told})
+    notes = [note for each in inputs if isinstance(each, TextSettings) for note in text_notes(each)]
+    return replace(report, settings={**report.settings, **told}, notes=[*notes, *report.notes])
 
 
 def card_outputs(

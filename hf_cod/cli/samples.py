@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ from torch import nn
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
 from hf_cod.io.models import load_model
+from hf_cod.io.rows import text_notes
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, token_batches
 from hf_cod.layers.batches import with_labels
 from hf_cod.layers.checks import check_length, check_without_adapter
 from hf_cod.layers.running import busy
 from hf_cod.reporting.result_card import report_of
+
+logger = logging.getLogger(__name__)
 
 # Commands that train on the text that they are given.
 TRAININGS = ("finetune", "heal")
@@ -48,12 +52,15 @@ def load_with_tokenizer(
 
 
 def check_texts(text: TextSettings, eval_text: str | None) -> None:
-    """Checks that the given texts exist, before a model is loaded.
+    """Checks that the given texts exist, before a model is loaded; warns about columns of records that are not read.
 
     Raises:
         ValueError: a text does not exist; names the option.
     """
     load_texts(text)
+    for note in text_notes(text):
+        if "not read" in note:
+            logger.warning("text: %s", note)
     if eval_text is None:
         return
     try:

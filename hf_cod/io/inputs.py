@@ -128,7 +128,7 @@ def check_inputs(values: Mapping[str, Any]) -> None:
 CHECKS: dict[str, Callable[[str, str], None]] = {
     **dict.fromkeys(("model", "student", "teacher", "source"), check_model_path),
     **dict.fromkeys(("text", "eval_text"), check_text_path),
-    **dict.fromkeys(("scores", "plan"), check_file),
+    **dict.fromkeys(("scores", "plan", "chat_template"), check_file),
     "run": check_history,
     "runs": check_run,
     "statistics": partial(check_file, what="a file of statistics"),

@@ -18,6 +18,8 @@ Names = str | list[str] | None
 
 _RULE = "names (down_proj matches each name that ends in .down_proj), or one regular expression for the whole name"
 FIELDS = ("include", "exclude")
+# Settings that earlier versions did not write.
+NEWER = (*FIELDS, "chat_template")
 
 
 @checked
@@ -72,8 +74,8 @@ def given_names(settings: Any) -> dict[str, Any]:
 
 
 def without_unset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without an unset `include` or `exclude`, so that runs of an earlier version have the same identity."""
-    return {name: value for name, value in settings.items() if name not in FIELDS or value is not None}
+    """Settings without unset ones of `NEWER`, so that runs of an earlier version have the same identity."""
+    return {name: value for name, value in settings.items() if name not in NEWER or value is not None}
 
 
 def matching(field_name: str, given: str | list[str], names: Mapping[str, Collection[str]]) -> set[str]:

@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from hf_cod.io.answers import AnswerRows
 from hf_cod.io.files import fingerprint, write_aside
 from hf_cod.io.journal import Journal
 from hf_cod.io.reading import open_tensors
+from hf_cod.io.records import Record
+from hf_cod.io.text import strings_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
-def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+def token_stream(tokenizer: Any, texts: Iterable[str | Record]) -> Iterator[list[int]]:
     """The token ids of each text, followed by the end-of-text token.
 
     Raises:
@@ -57,14 +60,14 @@ def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: expected an end-of-text token between packed texts, got none")
-    rest = iter(texts)
+    rest = strings_of(tokenizer, texts)
     while some := list(islice(rest, TEXTS_AT_ONCE)):
         # verbose=False: a long text is meant to exceed the model's length here, windows are cut afterwards.
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             yield [*ids, tokenizer.eos_token_id]
 
 
-def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = None) -> Tensor:
+def pack(tokenizer: Any, texts: Iterable[str | Record], length: int, most: int | None = None) -> Tensor:
     """All texts, joined and cut into windows; tokens that do not fill the last window are left out.
 
     Args:
@@ -87,7 +90,7 @@ def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = N
     return flat[: windows * length].view(windows, length)
 
 
-def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> Tensor:
+def pack_once(file: Path, tokenizer: Any, texts: Iterable[str | Record], length: int) -> Tensor:
     """As `pack`, cached in a safetensors file; if the file exists, it is read instead.
 
     A damaged file is replaced, with a warning.
@@ -117,12 +120,12 @@ class PackedText(Dataset[dict[str, Tensor]]):
     """The windows of a full training run, epoch after epoch, each epoch in an order of its own.
 
     Args:
-        windows: (N, T) token ids.
+        windows: (N, T) token ids, or rows of answers.
         length: number of windows in the run.
         seed: seed of the orders.
     """
 
-    def __init__(self, windows: Tensor, length: int, seed: int) -> None:
+    def __init__(self, windows: Tensor | AnswerRows, length: int, seed: int) -> None:
         self.windows = windows
         self.length = length
         self.seed = seed
@@ -132,7 +135,7 @@ class PackedText(Dataset[dict[str, Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Window `index` of the run as input_ids and labels, both (T,) int64."""
+        """Window `index` of the run as input_ids and labels, both (T,) int64; a row of answers has more."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         epoch, place = divmod(index, len(self.windows))
@@ -140,7 +143,8 @@ class PackedText(Dataset[dict[str, Tensor]]):
             # Seeded with both numbers, so that the second epoch of seed 0 differs from the first epoch of seed 1.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._orders[epoch] = torch.randperm(len(self.windows), generator=generator)
-        return _example(self.windows[int(self._orders[epoch][place])].long())
+        window = self.windows[int(self._orders[epoch][place])]
+        return _example(window.long()) if isinstance(window, Tensor) else window
 
 
 class PackedStream(IterableDataset[dict[str, Tensor]]):

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hf_cod.io.display import one_line
 from hf_cod.io.hub import why_unreachable
-from hf_cod.io.inputs import FILE_READERS
-from hf_cod.io.settings import TextSettings
+from hf_cod.io.inputs import FILE_READERS, PLAIN_TEXT
+from hf_cod.io.reading import read_text
+from hf_cod.io.records import Format, Record, find_format, records_of
+from hf_cod.io.settings import TextSettings, check_effect
 
 CHUNK = 1 << 20  # bytes searched at a time
 
 
-def load_rows(settings: TextSettings) -> Any:
+def read_rows(settings: TextSettings) -> tuple[Iterable[str | Record], Format]:
+    """The texts or records of a dataset or of a local file that `datasets` reads, and their format.
+
+    Raises:
+        ValueError: no such file or dataset, no such column, columns of several formats, or a chat template beside plain
+            text.
+        ImportError: `datasets` is not installed.
+    """
+    rows = load_rows(settings, plain=False)
+    columns = rows.column_names
+    if columns is None:  # of a stream, they may be unknown before the first row
+        columns = [*next(_read(rows, settings), {settings.text_column: ""})]
+    chosen = find_format(columns, settings.text_column)
+    if chosen.name == "text":
+        check_effect(settings, ["chat_template"], "plain text")
+        return column_of(rows, settings), chosen
+    named = settings.text_column in columns
+    return records_of(_read(rows, settings), chosen, _template(settings), named), chosen
+
+
+def text_notes(settings: TextSettings) -> list[str]:
+    """What a text was read as, and columns that were not read; empty for plain text that is all there is."""
+    source = settings.text
+    if source is None or (Path(source).is_file() and Path(source).suffix in PLAIN_TEXT):
+        return []
+    return read_rows(settings)[1].told()
+
+
+def _template(settings: TextSettings) -> str | None:
+    return None if settings.chat_template is None else read_text(Path(settings.chat_template), "chat_template")
+
+
+def load_rows(settings: TextSettings, plain: bool = True) -> Any:
     """The rows of a dataset (streamed) or of a local file that `datasets` reads.
+
+    Args:
+        settings: the source.
+        plain: whether only plain text is accepted.
 
     Raises:
         ValueError: no source given, no such file or dataset, or no such column.
@@ -49,20 +87,24 @@ def load_rows(settings: TextSettings) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = one_line(error.__cause__ or error)  # datasets' own message does not give the reason
         raise ValueError(f"text: expected a text file or a dataset name, got {source!r}: {cause}") from error
-    if rows.column_names is not None and settings.text_column not in rows.column_names:
+    if plain and rows.column_names is not None and settings.text_column not in rows.column_names:
         raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
     return rows
 
 
 def column_of(rows: Any, settings: TextSettings) -> Iterator[str]:
     """The texts of the rows; files that turn out to be of another kind while they are streamed are an error."""
+    for row in _read(rows, settings):
+        if settings.text_column not in row:  # the columns of a stream may be unknown before the first row
+            raise ValueError(f"text_column: expected one of {', '.join(row)}, got {settings.text_column!r}")
+        yield row[settings.text_column]
+
+
+def _read(rows: Any, settings: TextSettings) -> Iterator[Any]:
     from datasets.exceptions import DatasetsError
 
     try:
-        for row in rows:
-            yield row[settings.text_column]
-    except KeyError as error:  # the columns of a stream may be unknown before the first row
-        raise ValueError(f"text_column: expected one of {', '.join(row)}, got {settings.text_column!r}") from error
+        yield from rows
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"text: expected files of rows that datasets reads, got {settings.text!r}: {one_line(error)}"

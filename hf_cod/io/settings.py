@@ -131,7 +131,7 @@ def following(text: str) -> Any:
 
 
 def layers_path_field() -> Any:
-    """The field `layers_path`, for settings of functions that look up the layers of a model."""
+    """The field `layers_path`, for functions that look up the layers of a model."""
     return field(
         default=None,
         metadata={
@@ -143,11 +143,7 @@ def layers_path_field() -> Any:
 
 
 def check_choice(name: str, value: Any, table: Collection[str]) -> None:
-    """Checks that a value is one of the allowed names.
-
-    Raises:
-        ValueError: it is not; gives the closest one.
-    """
+    """Raises ValueError if a value is not one of the allowed names; gives the closest one."""
     if value not in table:
         raise ValueError(unknown_name(name, value, table))
 
@@ -179,7 +175,7 @@ def check_seed(seed: int, least: int = -(2**63), most: int = 2**64 - 1) -> None:
         raise ValueError(f"seed: expected a whole number from {least} to {most}, got {seed}")
 
 
-# File formats of plots: one raster format and two vector formats.
+# Of plots: one raster format and two vector formats.
 PLOT_FORMATS = ("png", "pdf", "svg")
 
 
@@ -233,23 +229,28 @@ class TextSettings:
     text: str | None = field(
         default=None,
         metadata={
-            "help": "text file (.txt, .jsonl, .csv, .parquet) or dataset name; default: a novel that is part of this "
-            "package"
+            "help": "text file (.txt), file of texts or chats (.jsonl, .json, .csv, .parquet), or dataset name; "
+            "default: a novel that is part of this package"
         },
     )
-    text_column: str = field(default="text", metadata={"help": "column of the dataset that holds the text"})
+    text_column: str = field(
+        default="text", metadata={"help": "column of the dataset that holds the text, or the messages"}
+    )
     text_split: str = field(default="train", metadata={"help": "split of the dataset"})
     text_config: str | None = field(
         default=None, metadata={"help": "configuration of the dataset; default: the default of the dataset"}
     )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file with the chat template of chats; default: the tokenizer's"}
+    )
 
     def check_source(self) -> None:
-        """Checks that column, split and configuration are set only together with `text`.
+        """Checks that column, split, configuration and template are set only together with `text`.
 
         Raises:
             ValueError: one of them is set without `text`.
         """
-        for name in ("text_column", "text_split", "text_config"):
+        for name in ("text_column", "text_split", "text_config", "chat_template"):
             if self.text is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name}: expected also text, the file or dataset that it applies to, got none")
 
@@ -261,6 +262,7 @@ class TextFields(TypedDict, total=False):
     text_column: str
     text_split: str
     text_config: str | None
+    chat_template: str | None
 
 
 @checked

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_cod.io.arguments import checked, shown
+from hf_cod.io.chat import text_of
 from hf_cod.io.inputs import PLAIN_TEXT, check_text_path
-from hf_cod.io.rows import check_no_nul, column_of, load_rows
-from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
+from hf_cod.io.records import Record
+from hf_cod.io.rows import check_no_nul, read_rows
+from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, check_effect, resolve
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward: input_ids (S, T), attention_mask (S, T), labels if the task has labels, ..."""
@@ -29,16 +31,19 @@ def embedded_text() -> str:
 
 
 @checked
-def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields]) -> Iterable[str]:
+def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields]) -> Iterable[str | Record]:
     """Loads texts from a local file or, with `datasets`, from a dataset; default: the embedded novel.
+
+    Conversations, prompts with completions and instructions are recognized by their columns, and are returned as
+    `Record`, which `token_batches` renders by the chat template.
 
     Args:
         settings: the text source.
-        **fields: fields of `TextSettings` as keywords (text, text_column, text_split, text_config); they override
-            `settings`.
+        **fields: fields of `TextSettings` as keywords (text, text_column, text_split, text_config, chat_template); they
+            override `settings`.
 
     Raises:
-        ValueError: no such file or dataset, an unsupported file type, or no such column.
+        ValueError: no such file or dataset, an unsupported file type, no such column, or columns of several formats.
         ImportError: the source requires `datasets`, which is not installed.
     """
     settings = resolve(load_texts, TextSettings, settings, fields)
@@ -49,6 +54,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
     path = Path(source).expanduser()
     check_text_path(source)
     if path.is_file() and path.suffix in PLAIN_TEXT:
+        check_effect(settings, ["chat_template"], "plain text")
         check_no_nul(path)
         try:
             return [path.read_text(encoding="utf-8-sig")]  # without a byte order mark, as readers of rows do it
@@ -56,8 +62,19 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
             raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
     if (path / "config.json").is_file():
         raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, the directory of a model")
-    rows = load_rows(settings)
-    return column_of(rows, settings)
+    return read_rows(settings)[0]
+
+
+def plain_texts(settings: TextSettings) -> Iterator[str]:
+    """As `load_texts`, for uses that have no chat template, such as pre-training.
+
+    Raises:
+        ValueError: also for records.
+    """
+    for text in load_texts(settings):
+        if isinstance(text, Record):
+            raise ValueError("text: expected plain text, got chats; name a column of text (text_column)")
+        yield text
 
 
 @checked
@@ -104,7 +121,7 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return full[:start], full[start + len(bare) :]
 
 
-def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> list[list[int]]:
+def _windows(tokenizer: Any, texts: Iterable[str | Record], settings: SampleSettings) -> list[list[int]]:
     before, behind = _special_tokens(tokenizer)
     width = settings.sequence_length - len(before) - len(behind)
     if width < 1:
@@ -130,29 +147,38 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
     return [[*before, *ids[i * width : (i + 1) * width], *behind] for i in chosen]
 
 
-def _tokenized(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    for text in _strings(texts):
+def _tokenized(tokenizer: Any, texts: Iterable[str | Record]) -> Iterator[list[int]]:
+    for text in strings_of(tokenizer, texts):
         if text:
             # verbose=False: a long text is meant to exceed the model's length here, windows are cut afterwards.
             yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _strings(texts: Iterable[Any]) -> Iterator[str]:
+def strings_of(tokenizer: Any, texts: Iterable[Any]) -> Iterator[str]:
+    """Texts, and records as their chat template renders them.
+
+    Raises:
+        ValueError: one of them is something else, or cannot be rendered.
+    """
     for text in texts:
+        if isinstance(text, Record):
+            text = text_of(tokenizer, text)
         if not isinstance(text, str):
             raise ValueError(f"texts: expected strings, got {type(text).__name__}; pass the column that holds the text")
         yield text
 
 
-def _single_texts(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> list[list[int]]:
-    if not isinstance(texts, Sequence):
-        texts = islice(texts, STREAM_SURPLUS * settings.max_samples)
-    texts = [text for text in _strings(texts) if text.strip()]
+def _single_texts(tokenizer: Any, texts: Iterable[str | Record], settings: SampleSettings) -> list[list[int]]:
+    given = texts if isinstance(texts, Sequence) else [*islice(texts, STREAM_SURPLUS * settings.max_samples)]
+    # A chat template gives special tokens itself.
+    special = not any(isinstance(text, Record) for text in given)
+    texts = [text for text in strings_of(tokenizer, given) if text.strip()]
     if not texts:
         raise ValueError("texts: expected at least one text that is not empty, got none")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))
     chosen = [texts[i] for i in sorted(order[: settings.max_samples].tolist())]
-    ids: list[list[int]] = tokenizer(chosen, truncation=True, max_length=settings.sequence_length)["input_ids"]
+    cut = {"truncation": True, "max_length": settings.sequence_length, "add_special_tokens": special}
+    ids: list[list[int]] = tokenizer(chosen, **cut)["input_ids"]
     return ids
 
 
@@ -229,7 +255,7 @@ def check_batches(batches: Any) -> None:
 
 # Arguments with these annotations are checked at the call (`io/arguments.py`).
 Tokenizer = Annotated[Any, check_tokenizer]
-Texts = Annotated[str | Iterable[str], check_texts]
+Texts = Annotated[str | Iterable[str | Record], check_texts]
 Batches = Annotated[Sequence[Batch], check_batches]
 BatchStream = Annotated[Iterable[Batch], check_stream]
 

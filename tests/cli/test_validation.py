@@ -76,7 +76,7 @@ BAD = {
         key: ["x"]
         for key in ["deselected", "moments", "metrics", "knobs", "pruner", "plot_format", "norm_type", "device"]
     },
-    **dict.fromkeys(["scores", "statistics", "plan"], FILE),
+    **dict.fromkeys(["scores", "statistics", "plan", "chat_template"], FILE),
     **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},
     **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
     **{key: ["much", "-4GB"] for key in ["memory", "device_memory"]},

@@ -22,7 +22,6 @@ from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
-    from hf_cod.io.text import Batch
     from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.memory import Memory
@@ -75,7 +74,6 @@ def run(
     """Measures perplexity, trains, saves, and measures perplexity again."""
     from hf_cod.analysis.evaluation.choice import held_out_perplexity
     from hf_cod.cli.recorded import with_inputs
-    from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
     from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
@@ -83,26 +81,26 @@ def run(
     from hf_cod.training.runs.memory import training_memory
     from hf_cod.training.runs.methods import METHODS
     from hf_cod.training.runs.run_directory import begun_steps, claim
-    from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
+    from hf_cod.training.runs.trainer import scores_to_draw_by, train
+    from hf_cod.training.runs.training_data import training_data
 
-    model, tokenizer, whole = _loaded(source, loading, settings, sampling)
+    model, tokenizer, whole = _loaded(source, loading, text, settings, sampling)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
-    train_windows, held_out = split_windows(pack(tokenizer, load_texts(text), settings.sequence_length), settings)
-    settings = for_samples(settings, len(train_windows), begun_steps(output.path))
+    data = training_data(model, tokenizer, load_texts(text), settings)
+    settings = for_samples(settings, len(data.windows), begun_steps(output.path))
     warn_of_one_draw(settings, sampling, len(find_decoder_layers(model)))
     claim(output.path, {"steps": settings.total_steps})
-    batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
-    before = held_out_perplexity(model, progress(batches, "perplexity", show=True))
-    scores = scores_to_draw_by(model, train_windows, settings, scores_file, output.path)
+    before = held_out_perplexity(model, progress(data.held_out, "perplexity", show=True))
+    scores = scores_to_draw_by(model, data.windows, settings, scores_file, output.path)
     chosen = METHODS[settings.method]
     trained: Any
     trained, optimizer = chosen.setup(model, scores, sampling, settings.rate, settings.lora_rank)
     needed = _expected(model, settings, sampling, loading)
-    training = train(trained, optimizer, train_windows, settings, sampling.seed, output.path)
+    training = train(trained, optimizer, data.windows, settings, sampling.seed, output.path)
     lost = _lost_energy(trained)
     merged, notes = _saved(trained, whole, chosen.adapters, output.results)
-    after = held_out_perplexity(merged, progress(batches, "perplexity", show=True))
+    after = held_out_perplexity(merged, progress(data.held_out, "perplexity", show=True))
     given = {} if scores is None else {"score": scores.method, "scores": scores_file}
     told = {"model": source, **settings.resolved(), **asdict(sampling), **given}
     figures = {
@@ -112,22 +110,27 @@ def run(
         **({} if lost is None else {"lost_energy": lost}),
     }
     report = _report(merged, training, told, scores, figures, model_title(source))
-    return with_inputs(replace(report, notes=[*report.notes, *notes]), loading, text)
+    return with_inputs(replace(report, notes=[*data.notes, *report.notes, *notes]), loading, text)
 
 
 def _loaded(
-    source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings
+    source: str, loading: ModelSettings, text: TextSettings, settings: TrainingSettings, sampling: OwLoreSettings
 ) -> tuple[Any, Any, WholeCheckpoint]:
     """The model, its tokenizer and everything that came with it; it can be trained with these settings.
+
+    The tokenizer gets the chat template of the text, which is saved with the model.
 
     Raises:
         ValueError: they cannot; gives the reason.
     """
     from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.io.reading import read_text
     from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.checks import check_length
 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
+    if text.chat_template is not None:
+        tokenizer.chat_template = read_text(text.chat_template, "chat_template")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
     _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error

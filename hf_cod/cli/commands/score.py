@@ -119,6 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.rows import text_notes
     from hf_cod.io.text import load_texts, token_batches
     from hf_cod.layers.batches import with_labels
     from hf_cod.layers.checks import check_length
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str]) -> int:
         batches = with_labels(model, tokenizer, token_batches(tokenizer, texts, settings), settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output, directory, model_title(rest.model), told)
+        report = replace(report, notes=[*text_notes(text), *report.notes])
         save_report(report, place.results, output)
         written = [STATISTICS, SCORES, *([EXPERT_SCORES] if settings.experts else [])]
         place.finish(beside=[*written, *([IMATRIX] if output.imatrix else [])])

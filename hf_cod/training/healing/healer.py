@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -37,7 +37,8 @@ from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints, lost_checkpoints
-from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
+from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, train
+from hf_cod.training.runs.training_data import split_windows
 from hf_cod.training.runs.training_settings import check_effects, for_samples, warn_of_one_draw
 
 
@@ -47,7 +48,7 @@ from hf_cod.training.runs.training_settings import check_effects, for_samples, w
 def heal(
     student: nn.Module,
     teacher: nn.Module,
-    data: Tensor | str | Iterable[str] | None = None,
+    data: Tensor | Texts | None = None,
     settings: HealSettings | None = None,
     *,
     batches: Batches | None = None,
@@ -145,9 +146,7 @@ def _directory(output: str | Path | None) -> Iterator[Path]:
             yield directory.path
 
 
-def _one_of(
-    data: Tensor | str | Iterable[str] | None, batches: Sequence[Batch] | None, texts: str | Iterable[str] | None
-) -> Tensor | str | Iterable[str]:
+def _one_of(data: Tensor | Texts | None, batches: Sequence[Batch] | None, texts: Texts | None) -> Tensor | Texts:
     """The argument that holds the data; windows of batches."""
     given = {"data": data, "batches": batches, "texts": texts}
     names = [name for name, value in given.items() if value is not None]
@@ -177,7 +176,7 @@ def _windows_of(batches: Sequence[Batch]) -> Tensor:
 
 
 def _windows(
-    data: Tensor | str | Iterable[str], tokenizer: Any, held_out: Tensor | None, settings: HealSettings, vocabulary: int
+    data: Tensor | Texts, tokenizer: Any, held_out: Tensor | None, settings: HealSettings, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
     """Windows to train on, and to measure on."""
     if not isinstance(data, Tensor):

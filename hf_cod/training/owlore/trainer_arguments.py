@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import resolve
+from hf_cod.io.settings import Default, resolve
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
@@ -73,7 +73,8 @@ def owlore(
     common = {name: value for name, value in common.items() if value is not None}
     numbers: dict[str, Any] = {**DEFAULTS, **common}
     check_hyperparameters(**numbers)
-    if scores is not None and how.n_active > len(scores.values):
+    lowered = isinstance(how.n_active, Default)  # by `fitted`, which knows the model
+    if scores is not None and how.n_active > len(scores.values) and not lowered:
         layers = len(scores.values)
         raise ValueError(f"n_active: expected between 1 and the {layers} layers of the scores, got {how.n_active}")
     return OwLoreFactory, {"scores": scores, "settings": how, **common}

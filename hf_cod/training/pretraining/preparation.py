@@ -22,7 +22,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.rows import load_rows
 from hf_cod.io.settings import TextSettings
-from hf_cod.io.text import load_texts
+from hf_cod.io.text import plain_texts
 from hf_cod.layers.replicas import first_process_first, is_first, together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
@@ -98,7 +98,7 @@ def prepare(settings: PretrainSettings, build: Build | None = None) -> Prepared:
             held_out = None
         else:
             name = fingerprint(_source(texts), recipe.sequence_length, tokenizer_identity(tokenizer))
-            windows = pack_once(_cache(f"{name}.safetensors"), tokenizer, load_texts(texts), recipe.sequence_length)
+            windows = pack_once(_cache(f"{name}.safetensors"), tokenizer, plain_texts(texts), recipe.sequence_length)
             held_out = None if settings.validation_text else _held_out(len(windows), settings.validation_samples)
             kept = windows if held_out is None else windows[: len(windows) - held_out]
             train = PackedText(kept, recipe.steps * recipe.batch_size, settings.seed)
@@ -166,7 +166,7 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
     vocabulary = model_config(recipe, "pre").vocab_size
     folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
     if not folder.is_dir():
-        trained = train_tokenizer(load_texts(texts), vocabulary)
+        trained = train_tokenizer(plain_texts(texts), vocabulary)
         try:
             with directory_aside(folder) as aside:
                 trained.save_pretrained(aside)
@@ -187,9 +187,9 @@ def _held_out(windows: int, most: int) -> int:
 def _validation(settings: PretrainSettings, recipe: Recipe, texts: TextSettings, tokenizer: Any) -> Tensor:
     source: Iterable[str]
     if settings.validation_text is not None:
-        source = load_texts(replace(texts, text=settings.validation_text, text_config=None))
+        source = plain_texts(replace(texts, text=settings.validation_text, text_config=None))
     elif recipe.validation_split is not None:
-        source = load_texts(replace(texts, text_split=recipe.validation_split))
+        source = plain_texts(replace(texts, text_split=recipe.validation_split))
     else:
         raise ValueError("validation_text: expected a validation text with streamed text, got none")
     return pack(tokenizer, source, recipe.sequence_length, most=settings.validation_samples)

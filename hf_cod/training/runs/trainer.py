@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import nn
 
+from hf_cod.io.answers import AnswerRows
 from hf_cod.io.arguments import shown
 from hf_cod.io.bitsandbytes_advice import advice_silenced
+from hf_cod.layers.devices import to_device
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap
@@ -32,6 +34,7 @@ from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.kept_scores import keep_scores, kept_scores
 from hf_cod.training.runs.log_lines import LastRecord, LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.training_data import Windows, first_batches
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
@@ -70,33 +73,8 @@ def check_one_process() -> None:
         raise ValueError(_alone(count, "processes; start one"))
 
 
-def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, Tensor]:
-    """Splits windows into training windows and held-out windows; the latter are the last ones of the text.
-
-    Warns where most are held out.
-
-    Raises:
-        ValueError: too few windows for both.
-    """
-    if len(windows) < settings.eval_samples + 1:
-        raise ValueError(
-            f"text: expected more than the {settings.eval_samples} windows of {settings.sequence_length} tokens that "
-            f"are held out, got {len(windows)}; use a longer text, or fewer --eval-samples"
-        )
-    left = len(windows) - settings.eval_samples
-    if left < settings.eval_samples:
-        logger.warning(
-            "eval_samples: %d of %d samples are held out, and only %d are trained on; fewer --eval-samples or a longer "
-            "text gives more",
-            settings.eval_samples,
-            len(windows),
-            left,
-        )
-    return windows[:left].long(), windows[left:].long()
-
-
 def scores_to_draw_by(
-    model: Any, windows: Tensor, settings: TrainingSettings, given: LayerScores | str | Path | None, directory: Path
+    model: Any, windows: Windows, settings: TrainingSettings, given: LayerScores | str | Path | None, directory: Path
 ) -> LayerScores | None:
     """The given scores or those in the given file, else scores of the model before training.
 
@@ -118,8 +96,7 @@ def scores_to_draw_by(
     if kept is not None:
         keep_scores(directory, kept, "others")
         return kept
-    few = windows[:SCORED_SAMPLES].split(settings.micro_batch_size)
-    batches = [{"input_ids": part.to(model.device)} for part in few]
+    batches = [to_device(batch, model.device) for batch in first_batches(windows, SCORED_SAMPLES, settings)]
     chosen: dict[str, Any] = {name: getattr(settings, name) for name in options_of(settings, settings.score)}
     scores = score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
     scores = replace(scores, values=[max(0.0, value) for value in scores.values])
@@ -130,7 +107,7 @@ def scores_to_draw_by(
 def train(
     model: Any,
     optimizer: Any,
-    windows: Tensor,
+    windows: Windows,
     settings: TrainingSettings,
     seed: int,
     directory: Path,
@@ -145,7 +122,7 @@ def train(
     Args:
         model: the model from a method's setup, on its device.
         optimizer: Trainer's optimizer_cls_and_kwargs, or None for Trainer's default.
-        windows: token ids (N, T).
+        windows: token ids (N, T), or rows of answers.
         settings: settings of the training.
         seed: seed of the order of the windows.
         directory: directory for checkpoints.
@@ -174,7 +151,7 @@ def train(
             model=model,
             args=_arguments(settings, seed, directory, model.device, lasting),
             train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
-            data_collator=default_data_collator,
+            data_collator=windows.collate if isinstance(windows, AnswerRows) else default_data_collator,
             optimizer_cls_and_kwargs=optimizer,
             callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks, *(saving if lasting else [])],
         )

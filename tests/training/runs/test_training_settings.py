@@ -8,7 +8,7 @@ import torch
 from hf_cod.training.healing.settings import HealSettings, RecoverySettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.run_directory import begun_steps, claim
-from hf_cod.training.runs.trainer import split_windows
+from hf_cod.training.runs.training_data import split_windows
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples, warn_of_one_draw
 
 NAMES = ("batch_size", "micro_batch_size", "save_every", "log_every")

@@ -1,0 +1,127 @@
+"""hf-cod finetune on chats: the loss is on answers, the result has the chat template, and a killed run resumes."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cod import RunReport, load_texts, perplexity
+from hf_cod.cli.main import main
+from hf_cod.io.answers import answers_of, rows_of
+from hf_cod.io.models import embedded_model
+from hf_cod.io.text import embedded_text
+from tests.io.test_chat import MARKS
+from tests.tiny_training import dies_in_step_five
+
+QUICK = "--steps 10 --batch-size 4 --micro-batch-size 2 --sequence-length 64 --eval-samples 8 --save-every 2"
+QUICK += (
+    " --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3 --n-active 3 --interval 3 --rank 8"
+)
+MODEL = embedded_model("lns")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """Options for a file of 60 chats, two of them without an answer, and a template."""
+    words, draw = embedded_text().split(), random.Random(0)
+
+    def said(most):
+        start = draw.randrange(len(words) - most)
+        return " ".join(words[start : start + draw.randint(1, most)])
+
+    rows = [
+        [turn for _ in range(draw.randint(1, 2)) for turn in (("user", said(4)), ("assistant", said(9)))]
+        for _ in range(60)
+    ]
+    rows[3], rows[5] = rows[3][:1], [("user", "Who?"), ("assistant", " ")]
+    lines = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in rows]
+    folder = tmp_path_factory.mktemp("chat")
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "chat.jinja").write_text(MARKS)
+    return ["--text", str(folder / "chat.jsonl"), "--chat-template", str(folder / "chat.jinja")]
+
+
+@pytest.fixture(scope="module")
+def whole(chat, tmp_path_factory):
+    """The output of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert main(["finetune", MODEL, *chat, *QUICK.split(), "--output", str(output)]) == 0
+    return output
+
+
+def test_a_chat_is_learned_and_the_result_can_chat(whole, chat):
+    report = RunReport.load(whole)
+    found = report.results["perplexity"]
+    assert found["after"] < found["before"]
+    assert report.notes[0] == "the text was read as conversations (column messages)"
+    assert report.notes[1] == "the loss is on answers alone; answers are those that the chat template marks"
+    assert report.notes[2].startswith("2 of 60 records were left out: 2 without an answer")
+    assert any(note.startswith("50 records were packed into ") for note in report.notes)
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    assert tokenizer.chat_template == MARKS
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    records = load_texts(text=chat[1], chat_template=chat[3])
+    held_out = rows_of(answers_of(tokenizer, records, 64).samples[-8:], 64, False, tokenizer).batches(8, 4)
+    assert perplexity(model, held_out) == pytest.approx(found["after"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["owlore-peft", "lora", "lisa"])
+def test_other_methods_learn_chats(method, chat, tmp_path):
+    options = QUICK.replace("--rank 8", "") if method == "lisa" else QUICK
+    options = options.partition("--n-active")[0] if method == "lora" else options
+    assert (
+        main(["finetune", MODEL, *chat, *options.split(), "--method", method, "--output", str(tmp_path / "out")]) == 0
+    )
+    found = RunReport.load(tmp_path / "out").results["perplexity"]
+    assert found["after"] < found["before"]
+
+
+@pytest.mark.process
+def test_a_killed_run_on_packed_chats_ends_as_one_that_was_not(whole, chat, tmp_path):
+    command = ["finetune", MODEL, *chat, *QUICK.split(), "--output"]
+    dies_in_step_five([*command, str(tmp_path / "killed")])
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    weights, resumed = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "killed"))
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+def test_without_a_template_one_line_says_how_to_name_one(chat, tmp_path, capsys):
+    assert main(["finetune", MODEL, *chat[:2], *QUICK.split(), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("got one without; --chat-template FILE names one\n") and "Traceback" not in error
+
+
+def test_a_column_of_completions_says_what_it_leaves_out(tmp_path, capsys):
+    rows = [{"prompt": "Who?", "completion": embedded_text()[i * 400 : i * 400 + 400]} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "diagnose",
+        MODEL,
+        "--text",
+        str(tmp_path / "pairs.jsonl"),
+        "--metrics",
+        "angular_distance",
+        "--sequence-length",
+    ]
+    command += ["16", "--max-samples", "4", "--no-plots", "--output", str(tmp_path / "out")]
+    assert main([*command, "--text-column", "completion"]) == 0
+    note = "the text was read as plain text (column completion); not read: prompt"
+    assert RunReport.load(tmp_path / "out").notes[0] == note and note in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("method", ["owlore", "owlore-peft", "galore"])
+def test_defaults_fit_a_small_model(method, checkpoint, capsys):
+    """4 layers of width 32: 5 layers and rank 128 are lowered, with a note."""
+    command = ["finetune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--method", method]
+    command += ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-samples", "4", "--no-plots"]
+    assert main([*command, "--output", str(checkpoint / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "32 instead of the default 128: the width of the layers' matrices" in said
+    assert ("n_active: 4 instead of the default 5" in said) == (method != "galore")
+    if method == "owlore":
+        assert main([*command, "--n-active", "5", "--output", str(checkpoint / "other")]) == 2
+        assert "n_active: expected between 1 and the 4 layers of the scores, got 5" in capsys.readouterr().err
