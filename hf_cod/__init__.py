@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from hf_cod.io.text import token_batches as token_batches
     from hf_cod.layers.removal.drop import drop as drop
     from hf_cod.layers.removal.drop import skip as skip
+    from hf_cod.layers.removal.repeat import repeat as repeat
+    from hf_cod.layers.removal.repeat import repeated as repeated
     from hf_cod.layers.stack import DecoderLayers as DecoderLayers
     from hf_cod.layers.stack import find_decoder_layers as find_decoder_layers
     from hf_cod.models import fold_lns as fold_lns
@@ -179,6 +181,8 @@ _HOMES = {
     "prune": "compression.pruning.pruner",
     "quantize": "compression.quantization.quantize",
     "recover": "training.healing.recovery",
+    "repeat": "layers.removal.repeat",
+    "repeated": "layers.removal.repeat",
     "score_experts": "scoring.expert_methods",
     "score_layers": "scoring.methods",
     "skip": "layers.removal.drop",

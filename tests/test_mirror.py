@@ -100,7 +100,7 @@ TESTED_BY = {
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py layers/watched_weights.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
-    "layers/removal/test_drop.py": (
+    "layers/removal/test_arranging.py": (
         "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py"
     ),
     "layers/test_experts.py": "layers/expert_counts.py layers/expert_discovery.py",
