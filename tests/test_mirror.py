@@ -47,6 +47,9 @@ TESTED_BY = {
         "compression/depth/removal_probe.py compression/depth/search.py"
     ),
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
+    "compression/depth/test_repeater.py": (
+        "compression/depth/repeat_plan.py compression/depth/repeat_probe.py compression/depth/repeat_search.py"
+    ),
     "compression/experts/test_dropper.py": (
         "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
