@@ -107,8 +107,8 @@ class RepeatPlan(JsonFile):
             f"On the samples of the search, {lower} of {len(self.candidates)} blocks have a lower {name} than the "
             f"intact model ({format_number(before)}); the best is {_block(best['start'], best['end'])} "
             f"({format_number(best['loss'])}).",
-            f"On samples that the search did not use, {_block(self.start, self.end)} run {self.times} times change the "
-            f"{name} by {change:+.4f}, from {format_number(self.losses['intact'])} to "
+            f"With {_block(self.start, self.end)} run {self.times} times, the {name} on samples that the search did "
+            f"not use changes by {change:+.4f}, from {format_number(self.losses['intact'])} to "
             f"{format_number(self.losses['repeated'])} ({told}).",
             f"This block lowers the {name}." if self.gains else f"No block was found that lowers the {name}.",
         ]

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     for name in ("random", "lacking"):
         tokenizer.save_pretrained(folder / name)
     model.save_pretrained(folder / "random")
-    batch = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=8, batch_size=8))[0]
+    batch = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=64, batch_size=64))[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with repeated(model, 2, 3):
         for _ in range(STEPS):
