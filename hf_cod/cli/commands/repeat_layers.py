@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 class RepeatLayersOptions(SpeedSettings, MeasuringSettings):
     """Settings of the block, or of the search for it, and of the samples."""
 
-    start: int | None = field(default=None, metadata={"help": "first layer of the block, counted from 0"})
+    start: int | None = field(
+        default=None, metadata={"help": "first layer of the block, counted from 0; default: --search or --plan"}
+    )
     end: int | None = field(
-        default=None, metadata={"help": "the layer after the last one of the block, as in Python's range"}
+        default=None,
+        metadata={
+            "help": "the layer after the last one of the block, as in Python's range; default: --search or --plan"
+        },
     )
     times: int = as_in(RepeatSettings, "times")
     search: bool = field(
@@ -34,7 +39,10 @@ class RepeatLayersOptions(SpeedSettings, MeasuringSettings):
             "it on the other half; nothing is written if it does not lower the loss there"
         },
     )
-    length: int | list[int] = as_in(RepeatSettings, "length")  # noqa: RUF009 - as_in makes a field
+    length: list[int] | None = field(
+        default=None,
+        metadata={"help": f"numbers of layers of the blocks that the search tries; default: {RepeatSettings().length}"},
+    )
     force: bool = field(
         default=False, metadata={"help": "write the model with the best block also if it does not lower the loss"}
     )
@@ -42,7 +50,7 @@ class RepeatLayersOptions(SpeedSettings, MeasuringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        RepeatSettings(self.length, self.times)
+        self.tried()
         if self.search and (self.start is not None or self.end is not None):
             raise ValueError("search: expected either search, or start and end, got both")
         for name, index, least in (("start", self.start, 0), ("end", self.end, 1)):
@@ -55,6 +63,10 @@ class RepeatLayersOptions(SpeedSettings, MeasuringSettings):
             raise ValueError(f"end: expected more than start ({self.start}), got {self.end}")
         if not self.search:
             check_effect(self, ["length", "force", "explain"], "a given block, which no search chooses")
+
+    def tried(self) -> RepeatSettings:
+        """What the search tries."""
+        return RepeatSettings(times=self.times) if self.length is None else RepeatSettings(self.length, self.times)
 
     def check_plan(self, plan: str | None) -> None:
         """Checks that there is a block, a search or a plan, and only one of them.
@@ -148,7 +160,7 @@ class RepeatLayers(Step):
         if chosen.start is not None:
             return RepeatPlan(name_of(stack), chosen.start, chosen.end, sizes_of(stack), chosen.times)
         self._tell_cost(work)
-        plan = plan_repeat(work.model, chosen.length, batches=work.calibration, times=chosen.times, **work.options)
+        plan = plan_repeat(work.model, settings=chosen.tried(), batches=work.calibration, **work.options)
         if chosen.explain:
             from hf_cod.cli.explained import explain_repetition
 
@@ -165,7 +177,7 @@ class RepeatLayers(Step):
         from hf_cod.io.display import say
         from hf_cod.io.text import describe_batches
 
-        depth, lengths = len(work.stack), RepeatSettings(self.settings.length).lengths
+        depth, lengths = len(work.stack), self.settings.tried().lengths
         seen = describe_batches(work.calibration)["samples"] // 2
         say(
             f"search: {len(blocks_of(depth, lengths))} blocks on {seen} samples take as long as "

@@ -28,8 +28,8 @@ def repeat_layers(
     """Repeats a block of layers permanently, as `repeat` does; the result is a stock model.
 
     The report's `layers` hold `runs` (how often each of the model's layers runs) and `parameters`; its `results` hold
-    `start`, `end`, `times`, `order` (the layers in the order in which they run), `criterion`, `candidates`, `losses`
-    and `interval` of the plan, and `parameters` of the full model before and after.
+    `order` (the layers in the order in which they run), `criterion`, `blocks` (the candidates), `losses` and `interval`
+    of the plan, and `parameters` of the full model before and after.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -62,12 +62,9 @@ def repeat_layers(
         environment=environment,
         layers={"runs": [plan.order.count(i) for i in range(plan.depth)], "parameters": plan.parameters},
         results={
-            "start": plan.start,
-            "end": plan.end,
-            "times": plan.times,
             "order": plan.order,
             "criterion": plan.criterion,
-            "candidates": plan.candidates,
+            "blocks": plan.candidates,
             "losses": plan.losses,
             "interval": plan.interval,
             "parameters": {"intact": before, "repeated": after},
