@@ -47,6 +47,7 @@ RUNS = {
         f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
     ),
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --n-removed 2 --no-protect --no-speed",
+    "repeat-layers": f"repeat-layers {SOURCE} {MEASURED} --search --length 1 2 --force --no-speed",
     "drop-experts": f"drop-experts {MIXTURE} {MEASURED} --share 0.5 --merge --no-speed",
     "export": f"export {WIDE} {SAMPLES} --bits 4.6",
     "export-llama.cpp": f"export {WIDE} {SAMPLES} --bits 5 --to llama.cpp",

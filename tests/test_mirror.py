@@ -47,6 +47,9 @@ TESTED_BY = {
         "compression/depth/removal_probe.py compression/depth/search.py"
     ),
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
+    "compression/depth/test_repeater.py": (
+        "compression/depth/repeat_plan.py compression/depth/repeat_probe.py compression/depth/repeat_search.py"
+    ),
     "compression/experts/test_dropper.py": (
         "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
@@ -100,7 +103,7 @@ TESTED_BY = {
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py layers/watched_weights.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
-    "layers/removal/test_drop.py": (
+    "layers/removal/test_arranging.py": (
         "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py"
     ),
     "layers/test_experts.py": "layers/expert_counts.py layers/expert_discovery.py",

@@ -27,6 +27,7 @@ SMALL = {
     "factorize": QUICK,
     "narrow": {**QUICK, "--channel-multiple": "8"},
     "drop-layers": QUICK,
+    "repeat-layers": QUICK,
     "drop-experts": QUICK,
     "fit": {**QUICK, "--tuning-samples": "4", "--n-verified": "0"},
     "heal": TRAINING,
