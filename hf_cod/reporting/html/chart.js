@@ -30,6 +30,16 @@ function formatted(value) {
   return String(Number(value.toPrecision(4)));
 }
 
+// The same for the left margin: at most about seven signs.
+function tickText(value) {
+  const size = Math.abs(value);
+  if (size === 0 || (size >= 1e-3 && size < 1e5)) return String(Number(value.toPrecision(4)));
+  return Number(value.toPrecision(2)).toExponential().replace("e+", "e");
+}
+
+// Distance between the numbers below or beside `count` places, of which at most `most` have room.
+const everyOf = (count, most) => [1, 2, 5, 10, 20, 50, 100].find((step) => count <= step * most) || Math.ceil(count / most);
+
 // The width of a chart, as of its place on the page; its text then has the size of the page's text.
 const widthOf = (svg) => Math.max(svg.parentNode.clientWidth || 0, 240);
 
@@ -74,12 +84,12 @@ function scaleOf(values, bottom, top, extra = []) {
   return { ticks, base: y(0), y };
 }
 
-function drawHorizontalAxis(svg, count, label, width, height, first = 0) {
+function drawHorizontalAxis(svg, count, label, width, height) {
   const cell = (width - MARGIN.left - MARGIN.right) / count;
-  const every = Math.max(1, Math.ceil(count / Math.max(2, Math.floor((width - MARGIN.left) / 42))));
+  const every = everyOf(count, Math.max(2, Math.floor((width - MARGIN.left) / 42)));
   for (let i = 0; i < count; i += every) {
     const x = MARGIN.left + (i + 0.5) * cell;
-    svg.append(svgElement("text", { x, y: height - 16, "text-anchor": "middle", class: "tick" }, i + first));
+    svg.append(svgElement("text", { x, y: height - 16, "text-anchor": "middle", class: "tick" }, i));
   }
   const x = MARGIN.left + (width - MARGIN.left - MARGIN.right) / 2;
   svg.append(svgElement("text", { x, y: height - 3, "text-anchor": "middle", class: "axis" }, label));
@@ -89,7 +99,7 @@ function drawVerticalAxis(svg, scale, width) {
   for (const tick of scale.ticks) {
     const y = scale.y(tick);
     svg.append(svgElement("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y, class: "grid" }));
-    svg.append(svgElement("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end", class: "tick" }, formatted(tick)));
+    svg.append(svgElement("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end", class: "tick" }, tickText(tick)));
   }
 }
 
@@ -173,8 +183,8 @@ function drawMatrix(svg, matrix, farthest) {
       svg.append(svgElement("rect", { ...box, fill: colourOf(value / farthest), class: "cell" }));
     });
   });
-  const every = Math.max(1, Math.ceil(count / 8));
-  for (let n = 1; n <= count; n += every) {
+  const every = everyOf(count, 10);
+  for (let n = every; n <= count; n += every) {
     const place = { x: MARGIN.left - 6, y: y(n) + cell.height / 2 + 4, "text-anchor": "end", class: "tick" };
     svg.append(svgElement("text", place, n));
   }

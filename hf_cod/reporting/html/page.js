@@ -51,7 +51,11 @@ function planOf(run) {
   return { values, removed: [], lost: values.map(lostByBits), stored, weights };
 }
 
-const bytes = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(2)} GB` : `${(count / 1e6).toFixed(2)} MB`);
+function bytes(count) {
+  const [unit, name] = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]].find(([size]) => count >= size) || [1, "bytes"];
+  return `${(count / unit).toFixed(unit === 1 ? 0 : 2)} ${name}`;
+}
+
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 // Bits per weight of a plan, over the bits per weight before it; NaN if the latter are not known.

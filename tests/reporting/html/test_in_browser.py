@@ -174,4 +174,7 @@ def test_dark_narrow_and_deep(show):
     assert light == "rgb(255, 255, 255)" and browser.value(ground) == "rgb(20, 24, 29)"
     browser.resize(360, 740, mobile=True)
     assert browser.value("document.documentElement.scrollWidth") <= 360
+    choose(browser, "measure", "variance")  # up to 2 ** 79
+    ends = "[...document.querySelectorAll('#bars text')].map((each) => each.getBBox().x)"
+    assert min(browser.value(ends)) >= 0, "numbers are cut off"
     assert browser.value(f"{BARS}[0].getBoundingClientRect().right") <= 360
