@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_cod.io.reading import parse_json
 from hf_cod.io.schema import brief
 
 # Format -> columns that it requires; the order is that of the messages.
@@ -191,8 +191,8 @@ def _loaded(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return parse_json(value, "text")
+    except ValueError:
         return value
 
 

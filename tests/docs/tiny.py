@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tests.tiny_tokenizers import gpt_like
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 TEXT = "one two three four five six seven eight nine ten a three one four one five nine two six five three five " * 60
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }}{% endfor %}"
 
 
 def model():
@@ -29,11 +31,16 @@ def save_models(folder: Path) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "lns")
     build_type(f"{SEQ2SEQ}t5").save_pretrained(folder / "t5")
     build("mixtral", max_position_embeddings=512, **SIZES).save_pretrained(folder / "mixture")
+    tokenizer = gpt_like()
+    tokenizer.chat_template = TEMPLATE
     for name in ("stock", "lns", "t5", "mixture"):
-        gpt_like().save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
 def write_texts(folder: Path) -> None:
     for name in ("my.txt", "other.txt"):
         (folder / name).write_text(TEXT)
+    turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four five"}]
+    (folder / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    (folder / "chat.jinja").write_text(TEMPLATE)
