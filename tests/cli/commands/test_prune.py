@@ -185,7 +185,7 @@ def test_a_default_score_that_a_model_does_not_have_names_another(checkpoint, ca
         raise ValueError("model: expected layers that return their hidden state, got others")
 
     monkeypatch.setattr("hf_cod.cli.work.score_layers", refuse)
-    assert prune(checkpoint, "out", "--no-plots", *chosen) == 1
+    assert prune(checkpoint, "out", "--no-plots", *chosen) == 2
     assert ("--score uniform requires no measurement" in capsys.readouterr().err) == (not chosen)
 
 
