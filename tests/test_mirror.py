@@ -17,7 +17,9 @@ TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": (
         "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
     ),
+    "analysis/diagnostics/test_forward_pass.py": "analysis/diagnostics/forward_measures.py",
     "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
+    "analysis/diagnostics/test_repeated_layers.py": "layers/streams.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": (
         "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
