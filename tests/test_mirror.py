@@ -41,6 +41,8 @@ TESTED_BY = {
     "cli/test_validation.py": "io/inputs.py",
     "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
+    "training/runs/test_training_data.py": "training/runs/packed_rows.py",
+    "cli/commands/test_finetune_chat.py": "cli/commands/finetune_trl.py",
     "io/test_whole_checkpoint.py": "io/generation.py io/unread_weights.py",
     "cli/test_terminal.py": "cli/messages.py",
     "layers/test_finished_layers.py": "layers/layer_notes.py",

@@ -24,7 +24,17 @@ GROUPS = {
             "tokens",
             "steps",
         ),
-        *("passes", "learning_rate", "device", "output", "estimate", "device_memory", "plan_only", "explain"),
+        *(
+            "passes",
+            "learning_rate",
+            "device",
+            "output",
+            "estimate",
+            "device_memory",
+            "print_trl",
+            "plan_only",
+            "explain",
+        ),
         *("name", "license", "language", "sources", "where", "comparison", "labels", "norm_type", "post_layers"),
     ),
     "model and text": (

@@ -22,6 +22,7 @@ POSITIONAL = {
 }
 # Only a model, a data set or a finished run shows whether these are bad, or any value is good.
 FREE = [
+    "print_trl",
     "layers_path",
     "revision",
     "teacher",

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.commands.finetune_memory import EstimateSettings, estimate, print_estimates
+from hf_cod.cli.commands.finetune_trl import TrlSettings, script
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
-from hf_cod.io.display import first_line
+from hf_cod.io.display import first_line, say
 from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, TrainingOutput],
+        [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, TrlSettings, TrainingOutput],
         prog="hf-cod finetune",
         description="Fine-tunes a model on text, by default a few layers at a time (OwLore), and writes a model that "
         "from_pretrained loads. After an interruption the same command resumes.",
@@ -45,7 +46,7 @@ def make_parser() -> SettingsParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
+    loading, text, settings, sampling, asked, trl, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import check_training, train_into
 
     if asked.estimate:
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
+    if trl.print_trl:
+        say(script(rest.model, text, settings, sampling, str(directory)))
+        return 0
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
     told |= asdict(sampling)
     if settings.follows_samples:

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import RunReport, load_texts, perplexity
+from hf_cod import LayerScores, RunReport, load_texts, perplexity
 from hf_cod.cli.main import main
 from hf_cod.io.answers import answers_of, rows_of
 from hf_cod.io.models import embedded_model
 from hf_cod.io.text import embedded_text
 from tests.io.test_chat import MARKS
+from tests.tiny_tokenizers import gpt_like
 from tests.tiny_training import dies_in_step_five
 
 QUICK = "--steps 10 --batch-size 4 --micro-batch-size 2 --sequence-length 64 --eval-samples 8 --save-every 2"
@@ -87,6 +88,27 @@ def test_a_killed_run_on_packed_chats_ends_as_one_that_was_not(whole, chat, tmp_
     assert main([*command, str(tmp_path / "killed")]) == 0
     weights, resumed = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "killed"))
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("method", ["owlore", "lisa", "lora", "full"])
+def test_the_printed_script_trains_by_trl(method, checkpoint, capsys):
+    """It runs as it is printed; only the CPU is asked for, as a GPU is not."""
+    tokenizer = gpt_like()
+    tokenizer.chat_template = MARKS
+    tokenizer.save_pretrained(checkpoint / "model")
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (checkpoint / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    command = ["finetune", str(checkpoint / "model"), "--text", str(checkpoint / "chat.jsonl"), "--method", method]
+    command += ["--steps", "1"]
+    command += ["--batch-size", "2", "--sequence-length", "64", "--output", str(checkpoint / "out"), "--print-trl"]
+    (checkpoint / "out").mkdir()
+    LayerScores("m", "owl", [1.0] * 4, [7680] * 4).save(checkpoint / "out" / "scores.json")
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "assistant_only_loss=True" in printed and len(printed.split("\n\n")[1].strip().splitlines()) == 3
+    namespace = {}
+    exec(printed.replace("bf16=False", "bf16=False, use_cpu=True, report_to=[]"), namespace)
+    assert (checkpoint / "out" / "checkpoint-1" / "trainer_state.json").is_file()
 
 
 def test_without_a_template_one_line_says_how_to_name_one(chat, tmp_path, capsys):
