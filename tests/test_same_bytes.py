@@ -18,7 +18,7 @@ from tests.docs.pages import read
 # Keys of a report's results, and words in its sentences, of what differs from run to run.
 TIMES = {"created", "seconds_a_step", "training_memory"}
 # What the page calls "Compression", and keys that map states of the model to numbers.
-COMPRESSION = {"prune", "factorize", "narrow", "drop-layers", "drop-experts", "quantize", "fit"}
+COMPRESSION = {"prune", "factorize", "narrow", "drop-layers", "repeat-layers", "drop-experts", "quantize", "fit"}
 COMMANDS = {"training": "history"}  # kind of a report -> the command that writes it, if it is another name
 BY_STATE = {"parameters", "memory_bytes", "layer_bytes", "layer_weights"}
 OF_TIMES = re.compile(r"created|seconds|GB of memory|Memory was not measured|training memory|tokens/s")

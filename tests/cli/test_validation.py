@@ -19,6 +19,7 @@ POSITIONAL = {
     "card": ["run", "card"],
     "convert": ["authors", "model", "converted", "--norm-type", "post_pre"],
     "heal": ["model", "--teacher", "model"],
+    "repeat-layers": ["model", "--search"],
 }
 # Only a model, a data set or a finished run shows whether these are bad, or any value is good.
 FREE = [

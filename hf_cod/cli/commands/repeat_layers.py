@@ -51,11 +51,11 @@ class RepeatLayersOptions(SpeedSettings, MeasuringSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.tried()
-        if self.search and (self.start is not None or self.end is not None):
-            raise ValueError("search: expected either search, or start and end, got both")
         for name, index, least in (("start", self.start, 0), ("end", self.end, 1)):
             if index is not None and index < least:
                 raise ValueError(f"{name}: expected at least {least}, got {index}")
+        if self.search and (self.start is not None or self.end is not None):
+            raise ValueError("search: expected either search, or start and end, got both")
         if (self.start is None) != (self.end is None):
             name, other = ("end", "start") if self.end is None else ("start", "end")
             raise ValueError(f"{name}: expected an index beside {other}, got none")
