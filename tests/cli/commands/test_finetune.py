@@ -108,12 +108,13 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how.adapters])
-def test_new_adapters_follow_the_seed_alone(method, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_new_adapters_follow_the_seed_alone(family, method, tmp_path):
     """Not what the process drew before; and torch's own generator is left as it was."""
 
     def drawn(seed, before):
         torch.manual_seed(before)
-        model = build("llama")
+        model = build(family)
         torch.manual_seed(before)
         expected = torch.get_rng_state()
         trained, _ = METHODS[method].setup(model, None, OwLoreSettings(seed=seed, rank=4), 1e-3, 4)
@@ -122,8 +123,9 @@ def test_new_adapters_follow_the_seed_alone(method, tmp_path):
         return [(tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
 
     assert drawn(1, before=5) == drawn(1, before=6)
-    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert names == sorted(names) and len(names) > 1
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for names in (config["target_modules"], config.get("target_parameters") or ["a", "b"]):
+        assert names == sorted(names) and len(names) > 1
     if method == "lora":  # OwLore's adapters begin without a basis
         assert drawn(1, before=5) != drawn(2, before=5)
 
