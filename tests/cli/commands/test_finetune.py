@@ -63,7 +63,13 @@ def test_what_never_trains_is_told_once(checkpoint, capsys):
         "8",
     ]
     assert main([*command, "--eval-samples", "4", "--no-plots", "--output", str(checkpoint / "out")]) == 0
-    assert capsys.readouterr().err.count("of its weights never train") == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("of its weights never train") == 1
+    without = [
+        note for note in RunReport.load(checkpoint / "out").notes if "without adapters (a bank of experts" in note
+    ]
+    assert len(without) == 1 and without[0].startswith("8 matrices of 73,728 weights without adapters")
+    assert "note: 16 matrices with adapters: 12,288 of 86,016 weights (14.3%)" in " ".join(shown.out.split())
 
 
 def test_a_training_that_makes_the_model_worse_says_so(tmp_path, capsys):
