@@ -27,7 +27,12 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         config: settings of the first adapter.
         held: see `Increment`.
         **quantization: arguments of PEFT's quantization backends.
+
+    Attributes:
+        misread: whether PEFT reads the name of the matrix as that of experts, see `is_misread`.
     """
+
+    misread = False
 
     adapter_layer_names = ("owlore_increment",)
     other_param_names = ()
@@ -114,8 +119,11 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
             self._add(-self.get_delta_weight(self.merged_adapters.pop()), False)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: `peft.tuners.lora.save_as_lora` converts it to a LoRA adapter that loads without this package."""
-        return True
+        """Whether `peft.tuners.lora.save_as_lora` converts it to a LoRA adapter that loads without this package.
+
+        Not if PEFT would load that LoRA into a bank of experts, because of the name of the matrix.
+        """
+        return not self.misread
 
     def _add(self, delta: Tensor, safe: bool) -> None:
         backend, base = self.quantization_backend, self.get_base_layer()

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from hf_cod.io.peft_names import is_misread
 from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
 from hf_cod.layers.direct_use import not_adaptable
@@ -137,6 +138,7 @@ class OwLoreModel(BaseTuner):
         self._check_target(target, current_key)
         held = _held(peft_config, current_key, target)
         new = OwLoreLinear(target, adapter_name, peft_config, held, **get_quantization_kwargs(self))
+        new.misread = is_misread(self.model, target_name)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
@@ -31,6 +32,8 @@ from hf_cod.training.runs.new_adapters import require_peft, with_adapters
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+logger = logging.getLogger(__name__)
+
 
 @renamed(path="layers_path")
 @for_one_thread
@@ -48,7 +51,7 @@ def recover(
     samples: SampleSettings | None = None,
     **fields: Unpack[RecoveryFields],
 ) -> list[float]:
-    """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
+    """Trains PEFT's LoRA on the layers' matrices of a pruned language model and merges it in place; zeros stay zeros.
 
     The adapters are masked in the forward pass (`masked_adapters.py`). Products with W cost as much as in full
     fine-tuning (a gradient of W's size for one matrix at a time, and the masked weights of all layers in memory until
@@ -124,7 +127,10 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
     from peft import LoraConfig
 
     model: Any = stack.model
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, **adapter_targets(stack).for_lora())
+    targets = adapter_targets(stack)
+    for note in targets.notes() if targets.left else ():
+        logger.warning("recover: %s", note)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, **targets.for_lora())
     with modes_restored(model), gradients_restored(model.parameters()):
         wrapped = with_adapters(model, config, seed)
         try:

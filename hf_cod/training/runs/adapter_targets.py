@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.peft_names import is_misread
 from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.expert_parameters import ExpertParameter
 from hf_cod.layers.experts import ExpertMatrix
@@ -34,7 +35,7 @@ class AdapterTargets:
         banks: matrices of banks of experts that do. Each expert's matrix gets a product of the adapter's rank.
         left: matrices that get none.
         reasons: name of a matrix in `left` -> the reason.
-        misread: the names in `modules` that PEFT misreads, see `_is_misread`.
+        misread: the names in `modules` that PEFT misreads, see `is_misread`.
     """
 
     modules: Mapping[str, int] = field(default_factory=dict)
@@ -85,12 +86,12 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         ValueError: none is left.
     """
     reasons, sizes, misread = not_adaptable(stack), dict[str, int](), list[str]()
-    is_misread = cache(partial(_is_misread, stack.model))
+    is_replaced = cache(partial(is_misread, stack.model))
     banks: set[str] = set()
     for index in range(len(stack)):
         for name, module in stack.linears(index).items():
             sizes[name] = math.prod(shape_of(module))
-            if lora and name not in reasons and is_misread(name.rpartition(".")[2]):
+            if lora and name not in reasons and is_replaced(name.rpartition(".")[2]):
                 misread.append(name)
                 if not _is_float(getattr(module, "weight", None)):
                     reasons[name] = _MISREAD
@@ -110,27 +111,6 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         {name: reasons[name] for name in sizes if name in reasons},
         [name for name in misread if name in found],
     )
-
-
-def _is_misread(model: nn.Module, name: str) -> bool:
-    """Whether PEFT reads the last part of a module's name as the earlier name of a matrix of experts.
-
-    For adapters that were trained with transformers 4, PEFT replaces names such as "gate_proj" and "up_proj", in some
-    types of mixtures, by the bank of experts that now holds these matrices. It does so with a shared expert or an MLP
-    beside the experts as well, which would get no adapter. A parameter's name, "gate_proj.weight", is not replaced.
-    """
-    from peft import LoraConfig
-
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # a version that replaces no names
-        return False
-    config = LoraConfig(target_modules=[name])
-    try:
-        convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # one of several matrices that are one parameter of the bank
-        return True
-    return name not in (config.target_modules or ())
 
 
 def _why_not(matrix: ExpertMatrix) -> str | None:

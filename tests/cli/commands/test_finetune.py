@@ -63,7 +63,13 @@ def test_what_never_trains_is_told_once(checkpoint, capsys):
         "8",
     ]
     assert main([*command, "--eval-samples", "4", "--no-plots", "--output", str(checkpoint / "out")]) == 0
-    assert capsys.readouterr().err.count("of its weights never train") == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("of its weights never train") == 1
+    without = [
+        note for note in RunReport.load(checkpoint / "out").notes if "without adapters (a bank of experts" in note
+    ]
+    assert len(without) == 1 and without[0].startswith("8 matrices of 73,728 weights without adapters")
+    assert "note: 16 matrices with adapters: 12,288 of 86,016 weights (14.3%)" in " ".join(shown.out.split())
 
 
 def test_a_training_that_makes_the_model_worse_says_so(tmp_path, capsys):
@@ -108,12 +114,13 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how.adapters])
-def test_new_adapters_follow_the_seed_alone(method, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_new_adapters_follow_the_seed_alone(family, method, tmp_path):
     """Not what the process drew before; and torch's own generator is left as it was."""
 
     def drawn(seed, before):
         torch.manual_seed(before)
-        model = build("llama")
+        model = build(family)
         torch.manual_seed(before)
         expected = torch.get_rng_state()
         trained, _ = METHODS[method].setup(model, None, OwLoreSettings(seed=seed, rank=4), 1e-3, 4)
@@ -122,8 +129,9 @@ def test_new_adapters_follow_the_seed_alone(method, tmp_path):
         return [(tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
 
     assert drawn(1, before=5) == drawn(1, before=6)
-    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert names == sorted(names) and len(names) > 1
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for names in (config["target_modules"], config.get("target_parameters") or ["a", "b"]):
+        assert names == sorted(names) and len(names) > 1
     if method == "lora":  # OwLore's adapters begin without a basis
         assert drawn(1, before=5) != drawn(2, before=5)
 

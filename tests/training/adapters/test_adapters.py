@@ -483,6 +483,14 @@ def test_a_peft_that_cannot_be_extended_is_told(monkeypatch):
         registry.peft_type()
 
 
+def test_an_export_that_would_load_into_experts_is_refused(tmp_path):
+    """PEFT reads the names of DeepSeek-V3's first MLP as those of experts."""
+    with pytest.raises(TypeError, match="OwLoreLinear"):
+        save_as_lora(tmp_path, adapted("deepseek_v3"), rank=4)
+    attention = adapted("deepseek_v3", target_modules=["o_proj"])
+    save_as_lora(tmp_path, attention, rank=4)
+
+
 def test_experts_without_adapters_are_told(caplog):
     adapted("mixtral")
     assert "% of its weights never train: model.layers.*.mlp.experts.down_proj" in caplog.text
