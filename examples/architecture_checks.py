@@ -150,7 +150,9 @@ def check_narrow(case: Case) -> str | None:
     same(outputs_of(case, model), zeroed, "the model with zeros", ROUNDING)
     model = case.build()
     with unchanged_if_refused(model):
-        report = narrow(model, 0.85, "fluctuation", batches=batches_for(case, model), layers_path=case.stack)
+        report = narrow(
+            model, 0.85, "fluctuation", batches=batches_for(case, model), channel_multiple=8, layers_path=case.stack
+        )
     check_reload(case, model)
     generates_alike(case, model)
     return _first_of(left_out(report.notes, "narrowed"))

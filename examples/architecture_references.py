@@ -275,15 +275,27 @@ def zeroed_as(narrower: Any, intact: Any) -> Any:
     smaller = dict(narrower.named_parameters())
     for name, weight in intact.named_parameters():
         left = smaller[name]
+        if weight.dim() == 3 and left.shape != weight.shape:
+            for expert, own in zip(weight, left, strict=True):
+                _zero_missing(name, expert, own)
+            continue
+        if name.endswith("_bias"):  # of a bank: its experts have lost other rows each, and zero columns read them
+            continue
         if weight.dim() != 2 or left.shape == weight.shape:
             continue
-        cut = 0 if left.shape[0] != weight.shape[0] else 1
-        here, there = weight.movedim(cut, 0), left.movedim(cut, 0)
-        rows = {row.numpy().tobytes() for row in there}
-        kept = torch.tensor([row.numpy().tobytes() in rows for row in here])
-        require(int(kept.sum()) == len(there), f"{name} has other rows than the intact matrix")
-        here[~kept] = 0
+        cut, kept = _zero_missing(name, weight, left)
         module = intact.get_submodule(name.rpartition(".")[0])
-        if module.bias is not None and cut == int(isinstance(module, Conv1D)):
+        if getattr(module, "bias", None) is not None and cut == int(isinstance(module, Conv1D)):
             module.bias[~kept] = 0
     return intact
+
+
+def _zero_missing(name: str, weight: torch.Tensor, left: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Sets rows or columns to zero that a matrix has lost; returns the dimension and which are kept."""
+    cut = 0 if left.shape[0] != weight.shape[0] else 1
+    here, there = weight.movedim(cut, 0), left.movedim(cut, 0)
+    rows = {row.numpy().tobytes() for row in there}
+    kept = torch.tensor([row.numpy().tobytes() in rows for row in here])
+    require(int(kept.sum()) == len(there), f"{name} has other rows than the intact matrix")
+    here[~kept] = 0
+    return cut, kept

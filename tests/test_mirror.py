@@ -96,6 +96,7 @@ TESTED_BY = {
         "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "
         "compression/sparse/settings.py"
     ),
+    "compression/width/test_experts.py": "compression/width/selection.py layers/expert_units.py",
     "compression/width/test_narrower.py": (
         "compression/width/gradients.py compression/width/matrices.py "
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "

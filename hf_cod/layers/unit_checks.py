@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_cod.functional.channels import rows_of
+from hf_cod.layers.expert_units import ALIGNED, ExpertUnits, kept_of_experts, set_sizes, zero_experts
 from hf_cod.layers.layer_copies import LayerCopy
 from hf_cod.layers.orientation import is_linear, turned
-from hf_cod.layers.units import CHANNELS, HEADS, Units, kept_rows, set_units, tensors_of_units
+from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, Units, kept_rows, tensors_of_units
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
 # Relative to the largest change by zeroed units; both are computed in float32, in other orders.
 TOLERANCE = 1e-3
 # Names of numbers that count units, and of numbers that do not although their value may fit.
-_COUNTS = {HEADS: re.compile("head"), CHANNELS: re.compile("intermediate|inner|ffn")}
+_COUNTS = {
+    HEADS: re.compile("head"),
+    CHANNELS: re.compile("intermediate|inner|ffn"),
+    EXPERTS: re.compile("intermediate|inner|ffn|expert_dim"),
+}
 _OTHERS = re.compile(r"(?<!all_)head_(dim|size)$|group")
 
 
@@ -34,9 +39,11 @@ def first_that_fits(taken: LayerCopy, options: Sequence[Units]) -> Units | str:
         intact = taken.again().run()
         reason = ""
         for units in options:
+            if units.kind == EXPERTS and (units.count % ALIGNED or units.count < 2 * ALIGNED):
+                return f"numbers of channels are multiples of {ALIGNED}, and an expert has {units.count}"
             if units.kind == HEADS and units.count == len(units.columns):
                 return "each of its channels has a state over tokens of its own, as in a recurrent layer"
-            zeroed = [(kept, _zeroed(taken, units, kept).run()) for kept in _choices_of_units(units.count)]
+            zeroed = [(kept, _zeroed(taken, units, kept).run()) for kept in _choices_of_units(units)]
             for numbers in _choices(taken.layer, units):
                 tried = replace(units, numbers=numbers)
                 told = next(filter(None, (_wrong(taken, tried, kept, z, intact) for kept, z in zeroed)), None)
@@ -50,7 +57,7 @@ def _wrong(taken: LayerCopy, units: Units, kept: Tensor, zeroed: Tensor, intact:
     """In which way a layer of these units is not the one with zeros in place of the others; None if it is."""
     made = taken.again()
     try:
-        set_units(made.layer, units, len(kept), _fewer(made.layer, units, kept))
+        set_sizes(made.layer, units, len(kept), _fewer(made.layer, units, kept))
         got = made.run()
     except Exception as error:  # whatever a module raises with shapes that it does not expect
         return f"it fails with fewer {units.kind} ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
@@ -65,13 +72,20 @@ def _wrong(taken: LayerCopy, units: Units, kept: Tensor, zeroed: Tensor, intact:
     return None
 
 
-def _choices_of_units(count: int) -> list[Tensor]:
+def _choices_of_units(units: Units) -> list[Tensor]:
     """Every second unit, and all but the first: in both, units have other numbers than before."""
+    count = units.count
+    if units.kind == EXPERTS:  # in a number that all kernels take
+        every = torch.arange(1, count, 2)
+        return [every[len(every) % ALIGNED :], torch.arange(ALIGNED, count)]
     return [torch.arange(1, count, 2), torch.arange(1, count)]
 
 
 def _zeroed(taken: LayerCopy, units: Units, kept: Tensor) -> LayerCopy:
     made = taken.again()
+    if isinstance(units, ExpertUnits):
+        zero_experts(made.layer, units, _by_expert(units, kept))
+        return made
     for name, tensor in tensors_of_units(made.layer, units).items():
         module_name, _, key = name.rpartition(".")
         if module_name in units.readers:
@@ -90,9 +104,17 @@ def _gone(owners: Tensor, kept: Tensor) -> Tensor:
 
 
 def _fewer(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:
+    if isinstance(units, ExpertUnits):
+        return kept_of_experts(layer, units, _by_expert(units, kept))
     writer: Any = layer.get_submodule(units.writer)
     W = turned(writer, writer.weight.detach())[:, rows_of(kept, units.columns).to(writer.weight.device)]
     return {**kept_rows(layer, units, kept), f"{units.writer}.weight": turned(writer, W)}
+
+
+def _by_expert(units: ExpertUnits, kept: Tensor) -> Tensor:
+    """(experts, kept): other channels of the experts with odd numbers, counted from the last one."""
+    mirrored = (units.count - 1 - kept).flip(0)
+    return torch.stack([mirrored if expert % 2 else kept for expert in range(units.experts)])
 
 
 def _choices(layer: nn.Module, units: Units) -> Iterator[dict[str, dict[str, int]]]:
@@ -118,7 +140,7 @@ def _choices(layer: nn.Module, units: Units) -> Iterator[dict[str, dict[str, int
 
 def _numbers(layer: nn.Module, units: Units) -> Iterator[tuple[str, str, int]]:
     """(module, attribute, value) of the plain numbers around the matrices."""
-    names = [name.split(".")[:-1] for name in (*units.readers, units.writer)]
+    names = [name.split(".")[:-1] for name in units.matrices]
     scope = []
     for parts in zip(*names, strict=False):
         if len(set(parts)) > 1:
@@ -127,7 +149,8 @@ def _numbers(layer: nn.Module, units: Units) -> Iterator[tuple[str, str, int]]:
     prefix = ".".join(scope)
     for name, module in layer.named_modules():
         inside = name == prefix or name.startswith(prefix + ".") if prefix else not name
-        if inside and not is_linear(module):
+        around = units.kind == EXPERTS and bool(name) and prefix.startswith(name + ".")  # as in DBRX
+        if (inside or around) and not is_linear(module):
             for key, value in vars(module).items():
                 if type(value) is int and key not in LAYER_INDEX_ATTRIBUTES:
                     yield name, key, value

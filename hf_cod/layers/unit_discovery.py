@@ -21,17 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_cod.layers.expert_units import expert_units, sizes_of
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
 from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import is_linear, shape_of, turned
 from hf_cod.layers.row_owners import mixes_tokens, owners_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.unit_checks import first_that_fits
-from hf_cod.layers.units import CHANNELS, HEADS, KINDS, Changes, LayerUnits, Units, changes_of
+from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, KINDS, Changes, LayerUnits, Units
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 from hf_cod.models.shaping import check_shapeable, lost_in_reload
 
-_PARTS = {HEADS: "attention", CHANNELS: "MLP"}
+_PARTS = {HEADS: "attention is", CHANNELS: "MLP is", EXPERTS: "experts are"}
 _HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "d_kv", "key_value_proj_dim")
 
 
@@ -53,7 +54,7 @@ def _found(stack: DecoderLayers, indices: Any) -> dict[int, LayerUnits]:
     copies = copy_layers(stack, [alike[0] for alike in structures.values()])
     found = {}
     for alike in structures.values():
-        has_experts = bool(stack.experts(alike[0]))
+        has_experts = bool(stack.expert_sets(alike[0]))
         measured = _measured(copies.pop(alike[0]), has_experts)
         for index in alike:
             prefix = f"{stack.layers_path}.{index}."
@@ -66,7 +67,7 @@ def _exclude_lost(stack: DecoderLayers, found: dict[int, LayerUnits]) -> None:
     """Excludes units of modules that a reloaded model would replace by those of other sizes."""
     changes: Changes = {}
     for units in (units for layer in found.values() for units in layer.found):
-        for name, sizes in changes_of(units, units.count - 1).items():
+        for name, sizes in sizes_of(units, units.count - 1).items():
             changes[name] = {**changes.get(name, {}), **sizes}
     try:
         check_shapeable(stack.model)
@@ -81,10 +82,10 @@ def _exclude_lost(stack: DecoderLayers, found: dict[int, LayerUnits]) -> None:
         lost = dict.fromkeys(changes, reason)
     for layer in found.values():
         for units in list(layer.found):
-            names = [name for name in changes_of(units, 1) if name in lost]
+            names = [name for name in sizes_of(units, 1) if name in lost]
             if names:
                 layer.found.remove(units)
-                layer.whole.append(f"{_PARTS[units.kind]} is not narrowed: {lost[names[0]]}")
+                layer.whole.append(f"{_PARTS[units.kind]} not narrowed: {lost[names[0]]}")
 
 
 def _structure(layer: nn.Module) -> tuple[Any, ...]:
@@ -109,15 +110,37 @@ def _measured(taken: LayerCopy | NotRunError, has_experts: bool) -> LayerUnits:
         reasons: dict[str, str] = dict.fromkeys(KINDS, str(taken))
         chosen: dict[str, Units] = {}
     else:
-        chosen, reasons = _chosen(taken, KINDS if not has_experts else (HEADS,))
-    if has_experts:
-        reasons[CHANNELS] = "experts are not supported"
+        chosen, reasons = _chosen(taken, (HEADS, CHANNELS))
+        if has_experts:
+            _choose_experts(taken, chosen, reasons)
+    kinds = [kind for kind in KINDS if has_experts or kind != EXPERTS]
+    if has_experts and CHANNELS not in reasons:
+        kinds.remove(CHANNELS)  # no shared expert
     nothing = {
         HEADS: "no matrix has columns that belong to single heads",
         CHANNELS: "no matrix has columns that belong to single channels",
+        EXPERTS: "no matrix has columns that belong to single channels of an expert",
     }
-    whole = [f"{_PARTS[k]} is not narrowed: {reasons.get(k, nothing[k])}" for k in KINDS if k not in chosen]
+    whole = [f"{_PARTS[k]} not narrowed: {reasons.get(k, nothing[k])}" for k in kinds if k not in chosen]
     return LayerUnits([chosen[kind] for kind in KINDS if kind in chosen], whole)
+
+
+def _choose_experts(taken: LayerCopy, chosen: dict[str, Units], reasons: dict[str, str]) -> None:
+    """Adds the channels of the largest set of experts of which fewer equal zeroed ones, or the reason why none do."""
+    try:
+        for options in expert_units(taken.layer, taken.width):
+            fitting = first_that_fits(taken, options)
+            lost = _replaced(taken, fitting) if isinstance(fitting, Units) else fitting
+            if isinstance(fitting, Units) and lost is None:
+                chosen[EXPERTS] = fitting
+                return
+            reasons.setdefault(EXPERTS, str(lost))
+    except Exception as error:  # as in `_chosen`
+        reasons[EXPERTS] = _alone(error)
+
+
+def _alone(error: Exception) -> str:
+    return f"it cannot be measured alone ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
 
 
 def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], dict[str, str]]:
@@ -139,14 +162,13 @@ def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], d
                 else:
                     reasons.setdefault(kind, str(lost))
     except Exception as error:  # whatever a layer raises without the rest of its model
-        told = f"it cannot be measured alone ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
-        reasons = {kind: reasons.get(kind, told) for kind in kinds}
+        reasons = {kind: reasons.get(kind, _alone(error)) for kind in kinds}
     return chosen, reasons
 
 
 def _replaced(taken: LayerCopy, units: Units) -> str | None:
     """Why units cannot be removed: the model replaces their module while it runs, and would replace a smaller one."""
-    lost = next((name for name in changes_of(units, 1) if name in taken.replaced), None)
+    lost = next((name for name in sizes_of(units, 1) if name in taken.replaced), None)
     return None if lost is None else f"the model replaces {lost} while it runs"
 
 

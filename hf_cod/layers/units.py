@@ -20,7 +20,7 @@ from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import set_shape, shape_of, turned
 from hf_cod.models.shapes import set_number
 
-HEADS, CHANNELS = KINDS = ("heads", "channels")
+HEADS, CHANNELS, EXPERTS = KINDS = ("heads", "channels", "expert_channels")
 Changes = dict[str, dict[str, int]]
 """Module's name -> its changed sizes, as in `models/shapes.py`."""
 
@@ -30,7 +30,7 @@ class Units:
     """The heads or channels of one layer, each of which can be removed separately.
 
     Attributes:
-        kind: "heads" or "channels".
+        kind: "heads", "channels" or "expert_channels"; for the last see `expert_units.py`.
         count: number of units; for heads, of the smallest groups that share no key and value head, unless all do.
         heads: number of query heads in one unit; 1 for channels.
         readers: name of each matrix with rows of units -> (out,) the unit of each row; -1 for rows that all units
@@ -53,6 +53,11 @@ class Units:
     vectors: dict[str, Tensor]
     numbers: dict[str, dict[str, int]]
     weights: int
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the matrices."""
+        return [*self.readers, self.writer]
 
     def inside(self, prefix: str) -> Units:
         """The same units with names that begin with `prefix`."""
@@ -139,7 +144,7 @@ def set_units(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tenso
         like = module.weight
         for key in ("weight", "bias"):
             if f"{name}.{key}" in tensors:
-                _set_parameter(module, key, tensors[f"{name}.{key}"], like)
+                set_parameter(module, key, tensors[f"{name}.{key}"], like)
         rows, columns = turned(module, module.weight).shape
         set_shape(module, rows, columns)
         changes[name] = {"in_features": columns} if name == units.writer else {"out_features": rows}
@@ -148,7 +153,7 @@ def set_units(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tenso
     for name in units.vectors:
         module_name, _, key = name.rpartition(".")
         module = root.get_submodule(module_name)
-        _set_parameter(module, key, tensors[name], getattr(module, key))
+        set_parameter(module, key, tensors[name], getattr(module, key))
         if isinstance(getattr(module, "normalized_shape", None), tuple):
             module.normalized_shape = tuple(getattr(module, key).shape)
         changes.setdefault(module_name, {})[key] = len(tensors[name])
@@ -197,6 +202,7 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"{name}: expected shape {shape}, got {None if tensor is None else tuple(tensor.shape)}")
 
 
-def _set_parameter(module: Any, key: str, values: Tensor, like: Tensor) -> None:
+def set_parameter(module: Any, key: str, values: Tensor, like: Tensor) -> None:
+    """A new parameter of a module with these values, on the device and in the dtype of another."""
     values = values.to(device=like.device, dtype=like.dtype).contiguous()
     setattr(module, key, nn.Parameter(values, requires_grad=like.requires_grad))

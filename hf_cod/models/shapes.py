@@ -9,6 +9,7 @@ to the base model, so that it is valid with every head) -> its differences from 
      "layers.3.self_attn": {"num_key_value_groups": 1},         # ... and a number that the attention computes with
      "layers.3.self_attn": {"config.num_attention_heads": 4},   # ... or that it reads from the config each time
      "layers.3.self_attn.q_norm": {"weight": 256},              # ... or a vector with a number for each of their rows
+     "layers.3.mlp.experts": {"down_proj.2": 96},               # fewer channels of each expert: a dimension's size
      "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
 
 Modules are built in the constructor and not by a quantizer of transformers, which could replace modules, too, because
@@ -211,8 +212,11 @@ def _check_size(own: dict[str, int], sizes: dict[str, int], name: str) -> None:
 
 
 def number_of(module: Any, key: str) -> Any:
-    """The number of that name of a module, or of its config for "config.NAME"."""
+    """The number of that name of a module, or of its config for "config.NAME"; the size for "PARAMETER.DIMENSION"."""
     owner, _, name = key.rpartition(".")
+    sized = _sized(module, key)
+    if sized is not None:
+        return module._parameters[sized[0]].shape[sized[1]]
     return getattr(getattr(module, owner, None) if owner else module, name, None)
 
 
@@ -243,6 +247,10 @@ def view_of(config: Any, numbers: dict[str, int]) -> Any:
 
 def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
     for key, value in changes.items():
+        sized = _sized(module, key)
+        if sized is not None:
+            _set_size(module, *sized, value, name)
+            continue
         vector = module._parameters.get(key)
         if vector is not None and vector.dim() == 1 and value <= len(vector):
             if value == len(vector):
@@ -257,6 +265,28 @@ def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
         if value > own:
             raise ValueError(f"module_shapes: expected {key} of {name} up to {own}, got {value}")
         set_number(module, key, value)
+
+
+def _sized(module: Any, key: str) -> tuple[str, int] | None:
+    """(parameter, dimension) of a key "PARAMETER.DIMENSION" of a module that has it, else None."""
+    parameter, _, dimension = key.rpartition(".")
+    own = module._parameters.get(parameter)
+    if own is None or not dimension.isdecimal() or not 0 <= int(dimension) < own.dim():
+        return None
+    return parameter, int(dimension)
+
+
+def _set_size(module: Any, parameter: str, dimension: int, value: int, name: str) -> None:
+    """A new parameter with another size of one dimension; one of that size already is left unchanged."""
+    own = module._parameters[parameter]
+    shape = list(own.shape)
+    if value > shape[dimension]:
+        raise ValueError(
+            f"module_shapes: expected {parameter}.{dimension} of {name} up to {shape[dimension]}, got {value}"
+        )
+    if value < shape[dimension]:
+        shape[dimension] = value
+        setattr(module, parameter, nn.Parameter(own.new_empty(shape), requires_grad=own.requires_grad))
 
 
 def _constant(value: int) -> property:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_cod.analysis.diagnostics.gradients import gradient_norms
 from hf_cod.functional.channels import per_unit
 from hf_cod.io.text import Batch
-from hf_cod.layers.orientation import is_transposed
+from hf_cod.layers.expert_units import ExpertUnits
+from hf_cod.layers.experts import ExpertMatrix
+from hf_cod.layers.orientation import turned
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import LayerUnits, Units
 
 Importance = dict[str, Tensor]
-"""Name of the writer of units (see `Units`) -> (count,) importance of the units."""
+"""Name of the writer of units (see `Units`) -> (count,) importance of the units; (experts, count) for experts."""
+
+Add = Callable[[Tensor], None]
+"""Adds what the products (of a weight with its gradient, as it is stored) say about its units to their sums."""
 
 
 def measure_taylor(
@@ -34,17 +40,14 @@ def measure_taylor(
     Raises:
         ValueError: see `measure_gradient_norm`.
     """
-    owners = _owners(stack, units)
     all_units = [own for layer in units for own in layer.found]
-    sums = {own.writer: torch.zeros(own.count, dtype=torch.float64) for own in all_units}
+    sums = {own.writer: torch.zeros(*_experts(own), own.count, dtype=torch.float64) for own in all_units}
+    adders = _adders(stack, all_units, sums)
     total = {writer: torch.zeros_like(values) for writer, values in sums.items()}
 
     def read(p: Tensor) -> None:
-        if id(p) in owners:
-            own, units_of, along_rows = owners[id(p)]
-            assert p.grad is not None
-            products = (p.detach().double() * p.grad.double()).sum(1 if along_rows else 0).cpu()
-            sums[own.writer] += per_unit([(products, units_of)], own.count)
+        if id(p) in adders and p.grad is not None:
+            adders[id(p)](p.detach().double() * p.grad.double())
 
     measured = 0
     for _ in gradient_norms(stack, batches, "taylor", show_progress, read):
@@ -55,11 +58,34 @@ def measure_taylor(
     return {writer: values / measured for writer, values in total.items()}
 
 
-def _owners(stack: DecoderLayers, units: Sequence[LayerUnits]) -> dict[int, tuple[Units, Tensor, bool]]:
-    """id of a weight -> its units, that of each row (column of the writer), whether these are rows as it is stored."""
-    owners = {}
-    for own in (own for layer in units for own in layer.found):
+def _experts(own: Units) -> tuple[int, ...]:
+    return (own.experts,) if isinstance(own, ExpertUnits) else ()
+
+
+def _adders(stack: DecoderLayers, units: Sequence[Units], sums: Importance) -> dict[int, Add]:
+    """id of a weight -> what adds its products to the sums of its units."""
+    found: dict[int, Add] = {}
+    for own in units:
+        total = sums[own.writer]
         for name, rows in (*own.readers.items(), (own.writer, own.columns)):
-            module = stack.model.get_submodule(name)
-            owners[id(module.weight)] = own, rows, (name != own.writer) != is_transposed(module)
-    return owners
+            dim = 0 if name == own.writer else 1  # of (out, in), the one that is summed
+            if not isinstance(own, ExpertUnits):
+                module = stack.model.get_submodule(name)
+                found[id(module.weight)] = partial(_add, module, rows, dim, total)
+                continue
+            matrix = own.matrix(stack.model, name)
+            if isinstance(matrix, ExpertMatrix):
+                found[id(matrix.parameter)] = partial(_add_experts, matrix, rows, dim, total)
+                continue
+            for expert, module in enumerate(matrix.linears.values()):
+                found[id(module.weight)] = partial(_add, module, rows, dim, total[expert])
+    return found
+
+
+def _add(module: nn.Module, rows: Tensor, dim: int, total: Tensor, products: Tensor) -> None:
+    total += per_unit([(turned(module, products).sum(dim).cpu(), rows)], len(total))
+
+
+def _add_experts(matrix: ExpertMatrix, rows: Tensor, dim: int, total: Tensor, products: Tensor) -> None:
+    for expert, own in enumerate(matrix.matrices_of(products).sum(1 + dim).cpu()):
+        total[expert] += per_unit([(own, rows)], total.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,16 @@ def cut(stack: DecoderLayers, units: Units, kept: Tensor, W: Tensor, bias: Tenso
     if bias is not None:
         own = 0 if writer.bias is None else writer.bias.detach().to(bias)
         tensors[f"{units.writer}.bias"] = bias + own
+    check_finite(tensors, units.kind)
+    return set_units(stack.model, units, len(kept), tensors)
+
+
+def check_finite(tensors: Mapping[str, Tensor], kind: str) -> None:
+    """Checks new tensors of fewer units.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"weights: expected finite ones of fewer {units.kind}, got NaN or infinity in {broken[0]}")
-    return set_units(stack.model, units, len(kept), tensors)
+        raise ValueError(f"weights: expected finite ones of fewer {kind}, got NaN or infinity in {broken[0]}")

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import MomentsRecorder
+from hf_cod.compression.width.experts import cut_experts
 from hf_cod.compression.width.gradients import Importance, measure_taylor
 from hf_cod.compression.width.matrices import cut
-from hf_cod.compression.width.methods import COMPENSATIONS, METHODS, needs_inputs
+from hf_cod.compression.width.methods import METHODS, needs_inputs
 from hf_cod.compression.width.planning import check_units, plan_of_units, without_excluded
+from hf_cod.compression.width.selection import Selection
 from hf_cod.compression.width.settings import NarrowFields, NarrowSettings
 from hf_cod.compression.width.stock_config import set_stock_config
 from hf_cod.compression.width.width_plan import WidthPlan, kept_units
 from hf_cod.compression.width.width_report import WidthReporter
-from hf_cod.functional import channels
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
@@ -28,6 +29,7 @@ from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_reshapeable, check_sizes
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.expert_units import ExpertUnits, set_sizes, tensors_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
@@ -38,7 +40,7 @@ from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
-from hf_cod.layers.units import Changes, LayerUnits, set_units, tensors_of_units
+from hf_cod.layers.units import Changes, LayerUnits, Units
 from hf_cod.models.shaping import record_shapes
 from hf_cod.scoring.allocation import LayerAllocation
 
@@ -190,8 +192,8 @@ class LayerChange:
     ) -> None:
         self._stack, self._kept = stack, kept
         self._cut = [[own for own in layer.found if own.kind in less] for layer, less in zip(units, kept, strict=True)]
-        self._method, self._compensate, self._taylor = METHODS[method], COMPENSATIONS[compensation], taylor
-        self.writers = [own.writer for layer in self._cut for own in layer]
+        self._select = Selection(method, compensation, taylor)
+        self.writers = [name for layer in self._cut for own in layer for name in _writers(own)]
         self.done: Changes = {}
 
     @torch.no_grad()
@@ -200,32 +202,31 @@ class LayerChange:
         entered, whose units were chosen by magnitude, without error compensation}.
         """
         weights = dict(self._stack.matrices(index))
-        errors, unseen = [], []
+        errors: list[float] = []
+        unseen: list[str] = []
         for own in self._cut[index]:
-            W = weights[own.writer]
-            M = None if sums is None else sums.of(own.writer)
-            method, compensate = self._method, self._compensate
-            if sums is not None and M is None:
-                unseen.append(own.writer)
-                method, compensate = METHODS["magnitude"], COMPENSATIONS["none"]
-            importance = self._taylor[own.writer] if method.measure is None else method.measure(weights, own, M)
-            kept = channels.largest(importance, self._kept[index][own.kind]).cpu()
-            k = channels.rows_of(kept, own.columns).to(W.device)
-            narrower, bias = compensate(W, M, k)
-            if M is not None:
-                errors.append(channels.lost_energy(W, M, k, narrower, bias))
-            self._note(cut(self._stack, own, kept, narrower, bias))
+            number = self._kept[index][own.kind]
+            if isinstance(own, ExpertUnits):
+                changes, error, missing = cut_experts(self._stack, own, number, sums, self._select)
+                unseen += missing
+            else:
+                M = None if sums is None else sums.of(own.writer)
+                unseen += [own.writer] if sums is not None and M is None else []
+                kept = self._select(weights, own, number, M, unseen=sums is not None and M is None)
+                changes, error = cut(self._stack, own, kept.units, kept.W, kept.bias), kept.error
+            errors += [] if error is None else [error]
+            self._note(changes)
         return {"errors": errors, "unseen": unseen}
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
         """The cut matrices of a layer, and their biases."""
-        found = [tensors_of_units(self._stack.model, own) for own in self._cut[index]]
+        found = [tensors_of(self._stack.model, own) for own in self._cut[index]]
         return {key: tensor for tensors in found for key, tensor in tensors.items()}
 
     def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Sets the matrices of an intact layer to these tensors."""
         for own in self._cut[index]:
-            self._note(set_units(self._stack.model, own, self._kept[index][own.kind], tensors))
+            self._note(set_sizes(self._stack.model, own, self._kept[index][own.kind], tensors))
 
     def check_note(self, index: int, note: Any, measured: bool) -> None:
         """Checks a note of a layer that was finished with batches (`measured`) or without."""
@@ -234,6 +235,11 @@ class LayerChange:
     def _note(self, changes: Changes) -> None:
         for name, sizes in changes.items():
             self.done[name] = {**self.done.get(name, {}), **sizes}
+
+
+def _writers(own: Units) -> list[str]:
+    """Names of the matrices whose inputs are summed."""
+    return own.linears.get(own.writer, [own.writer]) if isinstance(own, ExpertUnits) else [own.writer]
 
 
 def _plan(

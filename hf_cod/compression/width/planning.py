@@ -63,10 +63,11 @@ def without_excluded(units: Sequence[LayerUnits], choice: ModuleChoice) -> list[
     for layer in units:
         left, whole = [], [*layer.whole]
         for own in layer.found:
-            names = [name for name in (*own.readers, own.writer) if name in choice.excluded]
+            names = [name for name in own.matrices if name in choice.excluded]
             if names:
-                ends = ", ".join(name.rpartition(".")[2] for name in names)
-                whole.append(f"{own.kind} are not removed: they are rows or columns of {ends}, excluded by name")
+                ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+                kind = own.kind.replace("_", " ")
+                whole.append(f"{kind} are not removed: they are rows or columns of {ends}, excluded by name")
             else:
                 left.append(own)
         found.append(LayerUnits(left, whole))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from hf_cod.layers.expert_units import ExpertUnits
 from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.rebuilding import differences
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
+from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, LayerUnits
 from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import ShapedModel
 
@@ -20,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 # Names of the number of MLP channels in configs.
 _CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")
+_ANY_CHANNELS = re.compile("intermediate_size|ffn_dim|n_inner|ffn_hidden_size")
+
+Sizes = dict[tuple[str, int], int]
+"""(kind, number of units of a layer) -> number of kept ones."""
 
 
 def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Sequence[Mapping[str, int]]) -> bool:
@@ -38,25 +45,29 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
         Whether the config now holds the sizes; it is then the model's own copy. If not, the config is unchanged.
     """
     model: Any = stack.model
-    equal = all((found.found == [] or own == kept[0]) for found, own in zip(units, kept, strict=True))
-    if isinstance(model, ShapedModel) or stack.config is None or not equal:
+    sizes = _sizes(units, kept)
+    if isinstance(model, ShapedModel) or stack.config is None or sizes is None:
         return False
     own_config(model)
     stack = find_decoder_layers(model, stack.layers_path)
     before = dict(vars(stack.config))
     said = False
-    for fields in _choices(stack.config, units[0], kept[0]):
+    for fields in _choices(stack.config, units, sizes):
+        adopted: list[tuple[nn.Module, str, int]] = []
         try:
             for name, value in fields.items():
                 setattr(stack.config, name, value)
             with torch.device("meta"):
                 built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
+            adopted = _adopt(units, model, built)
             alike = not any(differences(dict(walk(model, "model")), dict(walk(built, "model"))))
             said = alike and _buffers(model) == _buffers(built)
         except Exception:  # each family refuses sizes with another error
             logger.debug("the config cannot hold %s", fields, exc_info=True)
         finally:
             if not said:
+                for module, key, value in adopted:
+                    setattr(module, key, value)
                 vars(stack.config).clear()
                 vars(stack.config).update(before)
         if said:
@@ -74,20 +85,69 @@ def _without_views(model: Any) -> None:
             module.config = viewed
 
 
-def _choices(config: Any, units: LayerUnits, kept: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _adopt(units: Sequence[LayerUnits], model: nn.Module, built: nn.Module) -> list[tuple[nn.Module, str, int]]:
+    """Numbers of modules with experts that the config determines and that no forward pass needs, such as the size of a
+    matrix beside the matrix; fewer channels equal zeroed ones without them.
+
+    Returns:
+        (module, attribute, value before) of each.
+    """
+    matrices = [name for layer in units for own in layer.found if isinstance(own, ExpertUnits) for name in own.matrices]
+    banks = {name.rpartition(".")[0] for name in matrices}
+    banks |= {name.rpartition(".")[0] for name in banks}
+    before: list[tuple[nn.Module, str, int]] = []
+    for name in sorted(banks):
+        mine, other = model.get_submodule(name), built.get_submodule(name)
+        for key, value in [*vars(mine).items()]:
+            there = vars(other).get(key)
+            if type(value) is int and type(there) is int and value != there:
+                before.append((mine, key, value))
+                setattr(mine, key, there)
+    return before
+
+
+def _sizes(units: Sequence[LayerUnits], kept: Sequence[Mapping[str, int]]) -> Sizes | None:
+    """The sizes that all layers have; None if they differ."""
+    sizes: Sizes = {}
+    for layer, less in zip(units, kept, strict=True):
+        for own in layer.found:
+            number = less.get(own.kind, own.count)
+            if sizes.setdefault((own.kind, own.count), number) != number:
+                return None
+    return sizes
+
+
+def _choices(config: Any, units: Sequence[LayerUnits], sizes: Sizes) -> Iterator[dict[str, int]]:
     """Config field -> size, without and with a size of heads."""
-    heads, channels = units[HEADS], units[CHANNELS]
-    sizes: dict[str, int] = {}
-    if channels is not None and CHANNELS in kept:
-        sizes |= {name: kept[CHANNELS] for name in _CHANNELS if hasattr(config, name)}
-    if heads is None or HEADS not in kept:
-        yield sizes
+    changed = {key: number for key, number in sizes.items() if number != key[1]}
+    found = [_by_value(config, sizes)]
+    numbers = [number for (kind, _), number in changed.items() if kind == CHANNELS]
+    if len(numbers) == 1 and not any(kind == EXPERTS for kind, _ in sizes):
+        found.insert(0, {name: numbers[0] for name in _CHANNELS if hasattr(config, name)})
+    heads = next((own for layer in units for own in layer.found if own.kind == HEADS), None)
+    if heads is None or (HEADS, heads.count) not in changed:
+        yield from found
         return
-    sizes["num_attention_heads"] = kept[HEADS] * heads.heads
-    if getattr(config, "num_key_value_heads", None) == heads.count:
-        sizes["num_key_value_heads"] = kept[HEADS]
-    yield sizes
-    yield {**sizes, "head_dim": len(heads.columns) // (heads.count * heads.heads)}
+    kept = changed[HEADS, heads.count]
+    for fields in found:
+        fields["num_attention_heads"] = kept * heads.heads
+        if getattr(config, "num_key_value_heads", None) == heads.count:
+            fields["num_key_value_heads"] = kept
+        yield fields
+        yield {**fields, "head_dim": len(heads.columns) // (heads.count * heads.heads)}
+
+
+def _by_value(config: Any, sizes: Sizes) -> dict[str, int]:
+    """Fields for numbers of channels whose values are those of the intact layers."""
+    fields = {}
+    for name, value in vars(config).items():
+        if not _ANY_CHANNELS.search(name) or type(value) is not int:
+            continue
+        kinds = (CHANNELS, EXPERTS) if "shared" in name else (EXPERTS, CHANNELS)
+        number = next((sizes[kind, value] for kind in kinds if (kind, value) in sizes), value)
+        if number != value:
+            fields[name] = number
+    return fields
 
 
 def _buffers(model: Any) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""WidthPlan: the numbers of heads and channels that each layer keeps."""
+"""WidthPlan: the numbers of heads and channels that each layer keeps, and of channels of its experts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import limits
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
+from hf_cod.layers.expert_units import ALIGNED
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
+from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, LayerUnits, Units
 from hf_cod.scoring.allocation import LayerAllocation
 
 
@@ -22,10 +23,11 @@ class WidthPlan(JsonFile):
     Attributes:
         budget: the share of the layers' weights to keep.
         heads: query heads of each layer, in full groups that share a key and value head; None: all of them.
-        channels: MLP channels of each layer; None: all of them.
+        channels: MLP channels of each layer, in mixtures those of a shared expert; None: all of them.
         method: the score by which shares were distributed.
         model: the name of the model for which the plan was made.
         sizes: weights in the matrices of each layer, to detect a plan for another model; None: unknown.
+        expert_channels: channels of each routed expert, by layer; None: all of them.
     """
 
     FIELD = "width_plan"
@@ -36,6 +38,16 @@ class WidthPlan(JsonFile):
     method: str
     model: str = ""
     sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="heads"))
+    expert_channels: list[int | None] | None = field(default=None, metadata=limits(least=0, one_for_each="heads"))
+
+    def numbers(self) -> list[tuple[str, list[int | None]]]:
+        """(kind, number of each layer)."""
+        experts = self.expert_channels
+        return [
+            (HEADS, self.heads),
+            (CHANNELS, self.channels),
+            (EXPERTS, [None] * len(self.heads) if experts is None else experts),
+        ]
 
 
 def plan_of_allocation(
@@ -62,12 +74,18 @@ def plan_of_allocation(
     chosen = dict(zip(some, widths_of_some, strict=True))
     heads: list[int | None] = []
     channels: list[int | None] = []
+    experts: list[int | None] = []
     for index, found in enumerate(units):
         widths = chosen.get(index, Widths(0, 0))
-        group, mlp = found[HEADS], found[CHANNELS]
+        group = found[HEADS]
         heads.append(widths.heads * group.heads if group else None)
-        channels.append(widths.channels if mlp else None)
-    return WidthPlan(allocation.budget, heads, channels, allocation.method, name_of(stack), sizes_of(stack))
+        channels.append(widths.channels if found[CHANNELS] else None)
+        experts.append(widths.experts if found[EXPERTS] else None)
+    some_experts = experts if any(number is not None for number in experts) else None
+    model = name_of(stack)
+    return WidthPlan(
+        allocation.budget, heads, channels, allocation.method, model, sizes_of(stack), expert_channels=some_experts
+    )
 
 
 def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:
@@ -77,35 +95,38 @@ def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]
         ValueError: a plan for another model, or a number of heads that splits a group; names the layer.
     """
     kept: list[dict[str, int]] = []
-    for kind, numbers in ((HEADS, plan.heads), (CHANNELS, plan.channels)):
+    for kind, numbers in plan.numbers():
         if len(numbers) != len(units):
             raise ValueError(f"{kind}: expected {len(units)} numbers, one a layer, got {len(numbers)}")
     for index, found in enumerate(units):
         kept.append({})
-        for kind, number in ((HEADS, plan.heads[index]), (CHANNELS, plan.channels[index])):
+        for kind, number in ((kind, numbers[index]) for kind, numbers in plan.numbers()):
             own = found[kind]
             if number is None or (own is not None and number == own.count * own.heads):
                 continue
             if own is None:
                 raise ValueError(f"{kind}: expected none for layer {index}, got {number}; {'; '.join(found.whole)}")
-            _check_number(kind, index, number, own.count, own.heads)
+            _check_number(kind, index, number, own)
             kept[-1][kind] = number // own.heads
     if not any(kept):
         raise ValueError("plan: expected fewer heads or channels than the model has, got all of them; keep less")
     return kept
 
 
-def _check_number(kind: str, index: int, number: int, count: int, group: int) -> None:
-    if type(number) is int and group <= number <= count * group and number % group == 0:
+def _check_number(kind: str, index: int, number: int, own: Units) -> None:
+    group, most = (ALIGNED, own.count) if kind == EXPERTS else (own.heads, own.count * own.heads)
+    if type(number) is int and group <= number <= most and number % group == 0:
         return
-    what = f"a multiple of {group}, which share a key and value head, in {group}" if group > 1 else "1"
-    raise ValueError(f"{kind}: expected {what}..{count * group} in layer {index}, got {number}")
+    why = "which kernels take" if kind == EXPERTS else "which share a key and value head"
+    what = f"a multiple of {group}, {why}, in {group}" if group > 1 else "1"
+    raise ValueError(f"{kind}: expected {what}..{most} in layer {index}, got {number}")
 
 
 def _layer(units: LayerUnits) -> Layer:
-    heads, channels = units[HEADS], units[CHANNELS]
-    full = Widths(heads.count if heads else 0, channels.count if channels else 0)
-    return Layer(full, heads.weights if heads else 0, channels.weights if channels else 0)
+    found = [units[kind] for kind in (HEADS, CHANNELS, EXPERTS)]
+    full = Widths(*(own.count if own else 0 for own in found))
+    a, b, d = (own.weights if own else 0 for own in found)
+    return Layer(full, a, b, d, ALIGNED)
 
 
 def _share_of_units(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ class WidthReporter:
                 "parameters": {"intact": self.parameters, "narrowed": count_parameters(self.stack.model)},
                 "heads": plan.heads,
                 "channels": plan.channels,
+                **({} if plan.expert_channels is None else {"expert_channels": plan.expert_channels}),
                 "stock": stock,
             },
             summary=[
@@ -75,7 +77,10 @@ class WidthReporter:
             notes=[
                 *self.notes,
                 *_told_whole(self.units),
-                *(f"no token entered {matrix}: narrowed by magnitude, without compensation" for matrix in unseen),
+                *(
+                    f"no token entered {matrix}: narrowed by magnitude, without compensation"
+                    for matrix in _told(unseen)
+                ),
                 *self._filled(),
             ],
         )
@@ -104,6 +109,13 @@ class WidthReporter:
             f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all kept weights of "
             "a matrix again; narrow before pruning, or use compensation none or bias"
         ]
+
+
+def _told(unseen: Sequence[str]) -> list[str]:
+    """Names of matrices; one for all experts of a bank."""
+    experts = Counter(name.rpartition(".")[0] for name in unseen if name.rpartition(".")[2].isdecimal())
+    whole = [name for name in unseen if not name.rpartition(".")[2].isdecimal()]
+    return [*whole, *(f"{count} expert{'s' if count > 1 else ''} of {name}" for name, count in experts.items())]
 
 
 def _told_whole(units: Sequence[LayerUnits]) -> list[str]:

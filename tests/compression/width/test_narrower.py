@@ -167,15 +167,14 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         stock = type(model)
         batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch_for(model).items()}
         before = sum(p.numel() for p in model.parameters())
-        if family in MIXTURES:
-            with pytest.raises(ValueError, match=r"parameter_share: expected at least|known structure in GptOss"):
-                narrow(model, plan, batches=[batch], channel_multiple=4)
-            continue
         report = narrow(model, plan, batches=[batch], channel_multiple=4)
         found = report.results["parameters"]
         assert found == {"intact": before, "narrowed": sum(p.numel() for p in model.parameters())}
-        assert report.results["parameter_share"] == pytest.approx(0.65, abs=0.03)
-        assert report.results["stock"] == (name == "alike" and family in STOCK) == (type(model) is stock)
+        tolerance = 0.1 if family in MIXTURES else 0.03  # experts of 16 channels, in multiples of 8
+        assert report.results["parameter_share"] == pytest.approx(0.65, abs=tolerance)
+        assert report.results["stock"] == (type(model) is stock)
+        if family not in MIXTURES:  # these depend on the shapes of their experts: see test_experts.py
+            assert report.results["stock"] == (name == "alike" and family in STOCK)
         model.save_pretrained(tmp_path / name)
         loaded = type(model).from_pretrained(tmp_path / name)
         state = model.state_dict()
@@ -379,11 +378,12 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
 
 
 def test_what_has_another_structure_stays_whole_and_is_named():
-    mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", channel_multiple=8)
-    assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
-    assert mixture.notes == ["layers 0, 2, 3: MLP is not narrowed: experts are not supported"]
-    with pytest.raises(ValueError, match=r"in layer 0 \(one group .*; MLP is not narrowed: experts are not"):
-        narrow(build("qwen2_moe"), 0.1, "magnitude", "none", channel_multiple=8)
+    sizes = {"moe_intermediate_size": 12}
+    mixture = narrow(build("qwen2_moe", **sizes), 0.9, "magnitude", "none", channel_multiple=8)
+    reason = "experts are not narrowed: numbers of channels are multiples of 8, and an expert has 12"
+    assert mixture.notes == [f"layers 0, 2, 3: {reason}"]
+    with pytest.raises(ValueError, match=rf"in layer 0 \(one group .*; {reason}"):
+        narrow(build("qwen2_moe", **sizes), 0.1, "magnitude", "none", channel_multiple=8)
 
 
 def test_a_plan_goes_through_a_file(tmp_path):
