@@ -60,6 +60,18 @@ def _computes_alike(module: nn.Module) -> bool:
     return isinstance(got, Tensor) and got.shape == expected.shape and bool(torch.allclose(got, expected, atol=1e-5))
 
 
+def multiplies(module: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether the forward of a Linear, or of a subclass of it, is the product with its weight, plus its bias."""
+    if not args or not isinstance(output, Tensor) or getattr(module, "weight", None) is None:
+        return False
+    with torch.no_grad():
+        W = turned(module, module.weight)
+        if args[0].shape[-1] != W.shape[1]:
+            return False
+        expected = nn.functional.linear(args[0], W, module.bias)
+        return expected.shape == output.shape and torch.allclose(output, expected, rtol=1e-3, atol=1e-4)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a Linear, a Conv1D or a subclass of them."""
     return isinstance(module, (nn.Linear, Conv1D))

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hf_cod.layers.expert_units import expert_units, sizes_of
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
 from hf_cod.layers.modules import is_norm
-from hf_cod.layers.orientation import is_linear, shape_of, turned
+from hf_cod.layers.orientation import is_linear, multiplies, shape_of
 from hf_cod.layers.row_owners import mixes_tokens, owners_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.unit_checks import first_that_fits
@@ -220,7 +219,7 @@ def _recorded(layer: nn.Module, plain_norms: bool) -> Iterator[list[_Call]]:
 
     def record(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-            if not _multiplies(module, args, output):
+            if not multiplies(module, args, output):
                 return None
             kept = output * 1
             calls.append(_Call(name, module, args[0], kept))
@@ -248,18 +247,6 @@ def _recorded(layer: nn.Module, plain_norms: bool) -> Iterator[list[_Call]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _multiplies(module: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """Whether the forward of a Linear, or of a subclass of it, is the product with its weight, plus its bias."""
-    if not args or not isinstance(output, Tensor) or getattr(module, "weight", None) is None:
-        return False
-    with torch.no_grad():
-        W = turned(module, module.weight)
-        if args[0].shape[-1] != W.shape[1]:
-            return False
-        expected = F.linear(args[0], W, module.bias)
-        return expected.shape == output.shape and torch.allclose(output, expected, rtol=1e-3, atol=1e-4)
 
 
 def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: dict[str, nn.Parameter]) -> list[Units]:

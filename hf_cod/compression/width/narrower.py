@@ -84,9 +84,10 @@ def narrow(
     layers' inputs, layers are changed one after another; the calibration inputs of a layer are the outputs of the
     changed layers before it. Heads and channels of one layer are measured together. Which rows and columns belong to a
     head or channel is measured on a copy of a layer with random weights (`layers/unit_discovery.py`). Before any weight
-    changes, the copy with fewer units is compared with the copy with zeroed ones; where they differ (experts, positions
-    by head, recurrent layers), the part is left unchanged, and the report's notes say why. The other parts of the layer
-    then meet its share alone.
+    changes, the copy with fewer units is compared with the copy with zeroed ones; where they differ (positions by
+    head, recurrent layers), the part is left unchanged, and the report's notes say why. The other parts of the layer
+    then meet its share alone. All experts of a layer keep equally many channels, a multiple of 8; each chooses its own
+    by the inputs of its own tokens.
 
     If all layers have the same width and the family's config can describe it, the result is a stock model. Otherwise,
     the model and its config get a subclass of their classes (`models/shaping.py`), and loading requires this package or
@@ -96,7 +97,7 @@ def narrow(
     `share_of_channels` (kept shares; None where the structure is not known), `error` (lost share of the energy of the
     cut matrices' outputs, mean over these matrices; only if inputs were required) and `parameters` (of the intact
     layer); its `results` hold `parameter_share` of all layers, `parameters` of the full model before and after, the
-    numbers of `heads` and `channels` by layer, and whether the model is `stock`.
+    numbers of `heads`, `channels` and `expert_channels` by layer, and whether the model is `stock`.
 
     Args:
         model: a transformers model with plain weights. After an interruption (NaN or infinity, out of memory, Ctrl-C)
