@@ -27,13 +27,14 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.parts import parts_of
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.part_methods import means_of, score_parts
+from hf_cod.scoring.part_methods import divergences, means_of, score_parts
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.request import TINY, Request, seen_matrices, statistics_of
+from hf_cod.scoring.request import PROBE_SAMPLES, TINY, Request, seen_matrices, statistics_of
 from hf_cod.scoring.settings import CODEBOOK, OPTIONS, ScoreFields, ScoreSettings
 from hf_cod.scoring.settings import METHODS as ROWS
 
@@ -64,6 +65,7 @@ def score_layers(
     | layer_drop | cost of removing l: nats per token for perplexity, else the task's metric | batches |
     | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
     | sensitivity | slope of the loss by l's sparsity, with all layers at `target` | batches, an LM head |
+    | kl | ln of KL(intact || l alone at `target` or in 3 bits), nats per token | batches, an LM head |
     | auto | the score of `CANDIDATES` with the lowest loss of the pruned model | batches, an LM head |
     | uniform | 1 | nothing |
     | depth | L - l: earlier layers matter more, as the Curse of Depth predicts without measuring the model | nothing |
@@ -86,14 +88,15 @@ def score_layers(
             layers_path; one that the method does not use is refused (in `settings` it is ignored); for texts, also
             fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
-    `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda, with
-    the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate score
-    with each lambda in `SPREADS` and compares the losses of the pruned models. The `settings` of the scores then hold
-    the `chosen` score, its `spread` (the default of `allocate`) and the `losses` of all, in nats per token.
+    `sensitivity`, `kl` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda,
+    with the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate
+    score with each lambda in `SPREADS` and compares the losses of the pruned models. The `settings` of the scores then
+    hold the `chosen` score, its `spread` (the default of `allocate`) and the `losses` of all, in nats per token.
 
-    With `granularity` "block" or "module" the parts of layers are scored, for owl, fisher, weight_norm, uniform, depth
-    and random, each with the formula of the table for the matrices of the part; costs (fisher) are those per weight.
-    The score of a layer is then the mean over its parts, weighted by parameters.
+    With `granularity` "block" or "module" the parts of layers are scored, for owl, fisher, weight_norm, kl, uniform,
+    depth and random, each with the formula of the table for the matrices of the part; costs (fisher, kl) are those per
+    weight. With the pruner codebook, kl measures matrices that engines fuse together. The score of a layer is then the
+    mean over its parts, weighted by parameters.
 
     Raises:
         ValueError: an unknown method, a setting of another method, a missing input of the method, texts instead of
@@ -179,6 +182,13 @@ def _sensitivity(request: Request) -> list[float]:
     return _probe(request).sensitivity(S - step, S, S + step)
 
 
+def _kl(request: Request) -> list[float]:
+    """A logarithm, as that of fisher."""
+    found = {part.layer: part for part in parts_of(request.stack, "layer")}
+    costs = dict(zip(found, divergences(request, [*found.values()]), strict=True))
+    return [math.log(max(costs.get(index, 0.0), TINY)) for index in range(len(request.stack))]
+
+
 def _auto(request: Request) -> list[float]:
     """Tries each candidate and lambda, and keeps the best."""
     request = replace(request, statistics=statistics_of(request))
@@ -246,6 +256,7 @@ METHODS: dict[str, Callable[[Request], list[float]]] = {
     "layer_drop": _layer_drop,
     "weight_norm": _weight_norm,
     "sensitivity": _sensitivity,
+    "kl": _kl,
     "auto": _auto,
     "uniform": _uniform,
     "depth": _depth,
@@ -254,7 +265,5 @@ METHODS: dict[str, Callable[[Request], list[float]]] = {
 # Scores and lambdas that auto tries.
 CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)
-# Number of samples for sensitivity and auto.
-PROBE_SAMPLES = 4
 # Sensitivity tries each layer at target - STEP and target + STEP.
 STEP = 0.1

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import outliers
+from hf_cod.functional.bits import BITS
+from hf_cod.io.text import split_samples
 from hf_cod.layers.parts import Part, parts_of
+from hf_cod.scoring.divergence_probe import DivergenceProbe
 from hf_cod.scoring.layer_scores import PartScore
-from hf_cod.scoring.request import TINY, Request, seen_matrices, statistics_of
+from hf_cod.scoring.request import PROBE_SAMPLES, TINY, Request, seen_matrices, statistics_of
+from hf_cod.scoring.settings import CODEBOOK
 
 
 def score_parts(request: Request) -> list[PartScore]:
@@ -23,7 +27,9 @@ def score_parts(request: Request) -> list[PartScore]:
         ValueError: the layers have no matrices; see the methods.
     """
     stack = request.stack
-    parts = parts_of(stack, request.settings.granularity)
+    # Plans of bits give matrices that engines fuse one width, so that these are measured together.
+    fuses = request.settings.method == "kl" and request.settings.pruner == CODEBOOK
+    parts = parts_of(stack, request.settings.granularity, fuses)
     if not parts:
         raise ValueError("model: expected layers with matrices, got none")
     counts = {name: W.numel() for index in range(len(stack)) for name, W in stack.matrices(index)}
@@ -78,6 +84,26 @@ def _fisher(request: Request, parts: Sequence[Part]) -> list[float]:
     return values
 
 
+def _kl(request: Request, parts: Sequence[Part]) -> list[float]:
+    """ln of the divergence per weight."""
+    sizes = {name: W.numel() for i in range(len(request.stack)) for name, W in request.stack.matrices(i)}
+    costs = divergences(request, parts)
+    return [
+        math.log(max(cost / max(sum(sizes[name] for name in part.names), 1), TINY))
+        for cost, part in zip(costs, parts, strict=True)
+    ]
+
+
+def divergences(request: Request, parts: Sequence[Part]) -> list[float]:
+    """The divergence of each part alone at the lowest width, or at the target sparsity, in nats per token."""
+    assert request.batches is not None
+    few, _ = split_samples(request.batches, PROBE_SAMPLES)
+    pruner = request.settings.pruner
+    statistics = None if pruner == "magnitude" else statistics_of(request)
+    probe = DivergenceProbe(request.stack, pruner, statistics, few, request.show_progress)
+    return probe.divergences(parts, min(BITS) if pruner == CODEBOOK else request.settings.target)
+
+
 def _uniform(request: Request, parts: Sequence[Part]) -> list[float]:
     return [1.0] * len(parts)
 
@@ -96,6 +122,7 @@ PART_METHODS: dict[str, Callable[[Request, Sequence[Part]], list[float]]] = {
     "owl": _owl,
     "fisher": _fisher,
     "weight_norm": _weight_norm,
+    "kl": _kl,
     "uniform": _uniform,
     "depth": _depth,
     "random": _random,

@@ -13,6 +13,8 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.settings import ScoreSettings
 
+# Number of samples for sensitivity, kl and auto.
+PROBE_SAMPLES = 4
 # Cost of what has no gradient, or makes no difference.
 TINY = 1e-30
 

@@ -56,6 +56,12 @@ METHODS = {
     "sensitivity": Method(
         "a large increase of the loss when its sparsity increases", _OF_PROBE, needs_batches=True, uses_statistics=True
     ),
+    "kl": Method(
+        "a large KL divergence from the intact model's predictions when it alone is changed",
+        (*_OF_PROBE, *_OF_PARTS),
+        needs_batches=True,
+        uses_statistics=True,
+    ),
     "auto": Method(
         "a high score by uniform, owl, angular, fisher or sensitivity, whichever gives the compressed model the "
         "lowest loss",
@@ -88,7 +94,7 @@ EXPERT_METHODS = {
     "frequency": ExpertMethod("a large share of tokens routed to it"),
     "owl": ExpertMethod("a large share of outliers among |W_ij| ||X_j|| of its own inputs (OWL)", ("threshold",)),
 }
-# How sensitivity and auto change a layer: two pruners, and rounding to 3 or 4 bits.
+# How sensitivity, kl and auto change a layer: two pruners, and rounding to 3 or 4 bits.
 CODEBOOK = "codebook"
 PRUNERS = {
     "wanda": "zeros by |W_ij| ||X_j||, within a row",
@@ -138,14 +144,14 @@ class ScoreSettings:
     target: float = field(
         default=0.7,
         metadata={
-            "help": "sensitivity and auto: sparsity at which layers are scored; with --pruner codebook: stored bits "
-            "per weight, scales included"
+            "help": "sensitivity, kl and auto: sparsity at which layers are scored; with --pruner codebook: stored "
+            "bits per weight, scales included (kl: always 3 bits)"
         },
     )
     pruner: str = field(
         default="wanda",
         metadata={
-            "help": "sensitivity and auto: how layers are changed to measure the loss. "
+            "help": "sensitivity, kl and auto: how layers are changed to measure the loss. "
             + "; ".join(f"{name}: {effect}" for name, effect in PRUNERS.items()),
             "choices": list(PRUNERS),
         },

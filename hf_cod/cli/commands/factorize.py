@@ -27,7 +27,7 @@ DEFAULT_SHARE = 0.8
 # These set a rank for each matrix; all other scores set a share for each layer.
 FISHER, SPECTRUM = OF_MATRICES = tuple(WEIGHINGS)
 # These scores evaluate sparsity plans, which are a poor predictor for ranks.
-OF_SPARSITY = ("sensitivity", "auto")
+OF_SPARSITY = ("sensitivity", "kl", "auto")
 CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in (*OF_MATRICES, *OF_SPARSITY)))
 
 
