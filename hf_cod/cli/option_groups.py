@@ -45,7 +45,16 @@ GROUPS = {
         *("sequence_length", "max_samples", "tuning_samples", "eval_samples", "batch_size", "micro_batch_size"),
         *("pack", "seed"),
     ),
-    "scores and the plan by layer": ("threshold", "per_module", "target", "pruner", "spread", "baseline", "force"),
+    "scores and the plan by layer": (
+        "threshold",
+        "per_module",
+        "granularity",
+        "target",
+        "pruner",
+        "spread",
+        "baseline",
+        "force",
+    ),
     "settings of the method": (
         *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
         *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size"),

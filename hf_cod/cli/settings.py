@@ -108,6 +108,18 @@ class CompressionSettings(MeasuringSettings):
                 )
 
 
+def check_parts(settings: CompressionSettings) -> None:
+    """Checks that all matrices are chosen if parts of layers have values of their own, whose mean is over all of them.
+
+    Raises:
+        ValueError: `include` or `exclude` is given.
+    """
+    granularity = getattr(settings, "granularity", "layer")
+    named = next((name for name in ("include", "exclude") if getattr(settings, name, None)), None)
+    if granularity != "layer" and named is not None:
+        raise ValueError(f"granularity: expected layer with {named}, got {granularity}")
+
+
 @dataclass
 class SpreadSettings(CompressionSettings):
     """The same, for budgets that are distributed over layers by score."""

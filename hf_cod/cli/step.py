@@ -59,8 +59,11 @@ class Step(ABC):
         return self.earlier_names(self.settings)
 
     def earlier_names(self, settings: Any) -> dict[str, Any]:
-        """Settings by the names that an earlier version gave them."""
-        return {self.earlier.get(name, name): value for name, value in without_unset(asdict(settings)).items()}
+        """Settings by the names that an earlier version gave them, without those that it did not have."""
+        given = without_unset(asdict(settings))
+        if given.get("granularity") == "layer":
+            del given["granularity"]
+        return {self.earlier.get(name, name): value for name, value in given.items()}
 
     def disk_share(self) -> float:
         """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""
@@ -123,5 +126,5 @@ def uniform_baseline(plan: Any, settings: Any, scores: LayerScores | None) -> di
     """
     if not settings.baseline or scores is None or plan.method == "uniform":
         return {}
-    alike = replace(scores, values=[1.0] * len(scores.values), method="uniform")
+    alike = replace(scores, values=[1.0] * len(scores.values), method="uniform", granularity="layer", parts=[])
     return {"uniform": settings.allocate(alike)}

@@ -85,7 +85,7 @@ class Work:
         if self.scores is None:
             names = [name for name in (*SCORES[method].settings, "layers_path") if hasattr(self.settings, name)]
             own = {name: getattr(self.settings, name) for name in names}
-            chosen = {name: value for name, value in chosen.items() if name in names}
+            chosen = {name: value for name, value in chosen.items() if name in SCORES[method].settings}
             more = {**own, **chosen, "batches": self.calibration, "show_progress": True}
             self.scores = score_layers(self.model, method=method, **more)
         return self.scores

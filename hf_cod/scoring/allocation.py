@@ -21,7 +21,15 @@ from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationFields, AllocationSettings, Kind
+from hf_cod.scoring.part_plans import groups_of, values_of_matrices
+from hf_cod.scoring.settings import (
+    DEFAULT_SPREAD,
+    GRANULARITIES,
+    OLD_KINDS,
+    AllocationFields,
+    AllocationSettings,
+    Kind,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,8 @@ class LayerAllocation(JsonFile):
         model: name of the scored model.
         sizes: number of weights in the matrices of each of its layers, used to reject the allocation on another model;
             None: unknown, no check.
+        granularity: what has a value of its own: "layer", "block" (attention, MLP) or "module" (each matrix).
+        modules: for blocks and matrices, name of each matrix -> its value; `values` are then the means of the layers.
     """
 
     FIELD = "allocation"
@@ -62,9 +72,13 @@ class LayerAllocation(JsonFile):
     group: int | None = field(default=None, metadata=limits(least=2, most=MOST_GROUP))
     model: str = ""
     sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="values"))
+    granularity: str = field(default="layer", metadata=limits(choices=tuple(GRANULARITIES)))
+    modules: dict[str, float] = field(default_factory=dict, metadata=limits(least=0))
 
     def check_read(self) -> None:
         """Checks that shares are at most 1, and that values of N:M sparsity are multiples of 1 / M."""
+        if (self.granularity == "layer") == bool(self.modules):
+            raise ValueError(f"modules: expected some for block and module, none for layer, got {brief(self.modules)}")
         if not self.values or not sum(self.parameters):
             raise ValueError(f"parameters: expected weights of at least one layer, got {brief(self.parameters)}")
         most = MOST_BITS if self.kind == "bits" else 1
@@ -72,16 +86,21 @@ class LayerAllocation(JsonFile):
             if value > most + 1e-9:  # means are off by rounding errors
                 name = f"values[{layer}]" if layer < len(self.values) else "budget"
                 raise ValueError(f"{name}: expected {self.kind} in 0..{most}, got {value}")
+        for matrix, value in self.modules.items():
+            if value > most + 1e-9:
+                raise ValueError(f"modules[{matrix!r}]: expected {self.kind} in 0..{most}, got {value}")
         if self.group is not None:
             self._check_group(self.group)
 
     def _check_group(self, group: int) -> None:
         if self.kind != "sparsity":
             raise ValueError(f"group: expected none for {self.kind}, got {group}")
-        for layer, value in enumerate(self.values):
+        places = self.modules.items() if self.modules else enumerate(self.values)
+        name = "modules" if self.modules else "values"
+        for place, value in places:
             zeros = value * group
             if abs(zeros - round(zeros)) > 1e-6 or round(zeros) == group:
-                raise ValueError(f"values[{layer}]: expected n / {group} with n < {group}, got {value}")
+                raise ValueError(f"{name}[{place!r}]: expected n / {group} with n < {group}, got {value}")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=2))
@@ -96,11 +115,21 @@ class LayerAllocation(JsonFile):
         """(N, M) of each layer: N of every M weights are kept.
 
         Raises:
+            ValueError: not an N:M allocation, or one whose matrices have patterns of their own.
+        """
+        if self.modules:
+            raise ValueError(f"granularity: expected layer, got {self.granularity}; pattern(value) is that of a matrix")
+        return [self.pattern(value) for value in self.values]
+
+    def pattern(self, value: float) -> tuple[int, int]:
+        """(N, M) of a value.
+
+        Raises:
             ValueError: not an N:M allocation.
         """
         if self.group is None:
             raise ValueError("group: expected an allocation of N:M sparsity, got none; allocate with group=M")
-        return [(self.group - round(value * self.group), self.group) for value in self.values]
+        return self.group - round(value * self.group), self.group
 
 
 def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
@@ -148,7 +177,9 @@ def allocate(
         **fields: or fields of `AllocationSettings` by name: `choices`, the allowed values, rising (default for bits: 3
             and 4, else any); `group`, for N:M sparsity with this M and a separate N for each layer; `rule`, "bounded"
             (as described above) or "authors", OWL's released formula, which keeps neither the interval nor the weighted
-            mean (`functional.budget.authors_sparsity`).
+            mean (`functional.budget.authors_sparsity`); `granularity`, what gets a value of its own: "layer", "block"
+            or "module". The latter two require scores of the same granularity. All matrices that engines fuse (query,
+            key and value; gate and up) get the same bits.
 
     Raises:
         ValueError: a budget, spread, group or choice out of range.
@@ -156,24 +187,30 @@ def allocate(
     kind = current_value("kind", kind, OLD_KINDS, above=2)
     chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
     mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
+    granularity = _granularity(scores, chosen.granularity, layer_parameters)
+    groups = [] if granularity == "layer" else groups_of(scores, fuses=chosen.kind == "bits")
     weights = _weights(scores, layer_parameters)
+    places = torch.tensor([group.weights for group in groups], dtype=torch.float64) if groups else weights
     choices = _choices(chosen.kind, mean, chosen.choices, group)
     _check_target(scores, chosen.kind, mean)
-    D = torch.tensor(scores.values, dtype=torch.float64)
+    D = torch.tensor([group.value for group in groups] if groups else scores.values, dtype=torch.float64)
     if chosen.kind == "bits":
         if lam is not None or rule != "bounded":
             raise ValueError("spread: expected none for bits, which are spread over the choices, and the rule bounded")
         assert choices is not None
-        values = budgets.spread(D, weights, mean, choices[0], choices[-1], falling=False)
+        values = budgets.spread(D, places, mean, choices[0], choices[-1], falling=False)
     else:
         ends = (choices[0], choices[-1]) if choices else (0.0, 1.0)
         lam = _lambda(mean, lam, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
-        values = _shares(D, weights, chosen.kind, mean, lam, rule)
+        values = _shares(D, places, chosen.kind, mean, lam, rule)
     if choices is not None:
-        values = budgets.round_to(values, choices, weights, first=-D if FALLING[chosen.kind] else D)
-    counted = weights.long().tolist()
-    found = (scores.model, list(scores.parameters))
-    return LayerAllocation(chosen.kind, mean, values.tolist(), counted, scores.method, group, *found)
+        values = budgets.round_to(values, choices, places, first=-D if FALLING[chosen.kind] else D)
+    counted, found = weights.long().tolist(), values.tolist()
+    modules: dict[str, float] = {}
+    if groups:
+        modules, found = values_of_matrices(scores, groups, found, mean)
+    made_for = (scores.model, list(scores.parameters))
+    return LayerAllocation(chosen.kind, mean, found, counted, scores.method, group, *made_for, granularity, modules)
 
 
 def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, rule: str) -> Tensor:
@@ -188,6 +225,19 @@ def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, ru
             f"{float(values.min()):.4g} to {float(values.max()):.4g}"
         )
     return values
+
+
+def _granularity(scores: LayerScores, granularity: str | None, layer_parameters: Sequence[int] | None) -> str:
+    """What gets a value of its own: as given, else what has a score of its own."""
+    granularity = granularity or scores.granularity
+    if granularity not in ("layer", scores.granularity):
+        raise ValueError(
+            f"granularity: expected {scores.granularity} with these scores, got {granularity}; "
+            f"score_layers(..., granularity={granularity!r}) scores parts, with a method that measures them"
+        )
+    if granularity != "layer" and layer_parameters is not None:
+        raise ValueError(f"layer_parameters: expected none with granularity {granularity}, got {layer_parameters}")
+    return granularity
 
 
 def _weights(scores: LayerScores, parameters: Sequence[int] | None) -> Tensor:

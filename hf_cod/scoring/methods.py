@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,25 @@ from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
 from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import as_loss
-from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
+from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import SampleSettings, check_effect, resolve
-from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, check_batches, split_samples
+from hf_cod.io.text import Batches, Texts, Tokenizer, check_batches, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.parts import parts_of
 from hf_cod.layers.running import naming_weights
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.part_methods import divergences, means_of, score_parts
 from hf_cod.scoring.pruning_probe import PruningProbe
+from hf_cod.scoring.request import PROBE_SAMPLES, TINY, Request, seen_matrices, statistics_of
 from hf_cod.scoring.settings import CODEBOOK, OPTIONS, ScoreFields, ScoreSettings
 from hf_cod.scoring.settings import METHODS as ROWS
 
@@ -62,6 +65,7 @@ def score_layers(
     | layer_drop | cost of removing l: nats per token for perplexity, else the task's metric | batches |
     | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
     | sensitivity | slope of the loss by l's sparsity, with all layers at `target` | batches, an LM head |
+    | kl | ln of KL(intact || l alone at `target` or in 3 bits), nats per token | batches, an LM head |
     | auto | the score of `CANDIDATES` with the lowest loss of the pruned model | batches, an LM head |
     | uniform | 1 | nothing |
     | depth | L - l: earlier layers matter more, as the Curse of Depth predicts without measuring the model | nothing |
@@ -80,14 +84,19 @@ def score_layers(
         samples: how texts are cut into samples; default: `SampleSettings()`.
         show_progress: show progress bars.
         settings: how layers are scored.
-        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path; one
-            that the method does not use is refused (in `settings` it is ignored); for texts, also fields of
-            `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, granularity, seed,
+            layers_path; one that the method does not use is refused (in `settings` it is ignored); for texts, also
+            fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
-    `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda, with
-    the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate score
-    with each lambda in `SPREADS` and compares the losses of the pruned models. The `settings` of the scores then hold
-    the `chosen` score, its `spread` (the default of `allocate`) and the `losses` of all, in nats per token.
+    `sensitivity`, `kl` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda,
+    with the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate
+    score with each lambda in `SPREADS` and compares the losses of the pruned models. The `settings` of the scores then
+    hold the `chosen` score, its `spread` (the default of `allocate`) and the `losses` of all, in nats per token.
+
+    With `granularity` "block" or "module" the parts of layers are scored, for owl, fisher, weight_norm, kl, uniform,
+    depth and random, each with the formula of the table for the matrices of the part; costs (fisher, kl) are those per
+    weight. With the pruner codebook, kl measures matrices that engines fuse together. The score of a layer is then the
+    mean over its parts, weighted by parameters.
 
     Raises:
         ValueError: an unknown method, a setting of another method, a missing input of the method, texts instead of
@@ -99,7 +108,7 @@ def score_layers(
     check_effect(chosen, [name for name in fields if name in of_others], f"method {method}, which does not use it")
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
-    request = _Request(model, stack, statistics, batches, chosen, show_progress)
+    request = Request(model, stack, statistics, batches, chosen, show_progress)
     if row.needs_batches:
         check_needed(batches, f"for the method {method}")
     check_batches(batches or ())
@@ -109,79 +118,40 @@ def score_layers(
         check_in_memory(stack.model)
     sizes = sizes_of(stack)
     with naming_weights(stack.model):
-        values = METHODS[method](request)
-        used = {key: getattr(chosen, key) for key in row.settings} | request.found
-        return LayerScores(name_of(stack), method, values, sizes, used)
+        granularity = chosen.granularity if "granularity" in row.settings else "layer"
+        values = METHODS[method](request) if granularity == "layer" else []
+        parts = [] if granularity == "layer" else score_parts(request)
+        used = {key: getattr(chosen, key) for key in row.settings if key != "granularity"} | request.found
+        if parts:
+            values = means_of(parts, len(stack))
+        return LayerScores(name_of(stack), method, values, sizes, used, granularity, parts)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The inputs of a method."""
-
-    model: nn.Module
-    stack: DecoderLayers
-    statistics: LayerStatistics | None
-    batches: Sequence[Batch] | None
-    settings: ScoreSettings
-    show_progress: bool
-    found: dict[str, Any] = field(default_factory=dict)  # results of a method in addition to its scores
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"layers_path": self.settings.layers_path, "show_progress": self.show_progress}
-
-
-def _statistics(request: _Request) -> LayerStatistics:
-    """The given statistics, or statistics of the batches."""
-    statistics = request.statistics
-    if statistics is None:
-        if not request.batches:
-            method = request.settings.method
-            raise ValueError(f"statistics: expected statistics, batches, or tokenizer and texts for {method}, got none")
-        statistics = collect_statistics(request.model, request.batches, **request.options)
-    statistics.check(request.stack)
-    return statistics
-
-
-def _owl(request: _Request) -> list[float]:
-    statistics = _statistics(request)
+def _owl(request: Request) -> list[float]:
+    statistics = statistics_of(request)
     M, per_module = request.settings.threshold, request.settings.per_module
-    layers = [partial(_seen_matrices, request.stack, statistics, index) for index in range(len(request.stack))]
+    layers = [partial(seen_matrices, request.stack, statistics, index) for index in range(len(request.stack))]
     return [outliers.outlier_ratio(matrices, M, per_module) for matrices in layers]
 
 
-def _seen_matrices(
-    stack: DecoderLayers, statistics: LayerStatistics, index: int
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, W, s) of each matrix that received tokens; experts without tokens are left out."""
-    for name, W in stack.matrices(index):
-        s, tokens = statistics.squares[name].sqrt(), statistics.tokens[name]
-        if W.dim() == 2:
-            if tokens:
-                yield name, W, s
-            continue
-        for expert in tokens.nonzero().flatten().tolist():
-            yield f"{name}.{expert}", W[expert], s[expert]
-
-
-def _angular(request: _Request) -> list[float]:
+def _angular(request: Request) -> list[float]:
     assert request.batches is not None
     measures = measure_forward(request.model, request.batches, ["angular_distance"], **request.options)
     return measures.angular_distance()[:, 0].tolist()
 
 
-def _block_influence(request: _Request) -> list[float]:
+def _block_influence(request: Request) -> list[float]:
     assert request.batches is not None
     measures = measure_forward(request.model, request.batches, ["block_influence"], **request.options)
     return measures.influence.double().mean(0).tolist()
 
 
-def _gradient_norm(request: _Request) -> list[float]:
+def _gradient_norm(request: Request) -> list[float]:
     assert request.batches is not None
     return measure_gradient_norm(request.model, request.batches, **request.options)
 
 
-def _fisher(request: _Request) -> list[float]:
+def _fisher(request: Request) -> list[float]:
     """A logarithm, because a layer where massive activations arise costs ten thousand times as much as the others."""
     assert request.batches is not None
     costs = measure_loss_weights(request.stack, request.batches, show_progress=request.show_progress)
@@ -189,14 +159,14 @@ def _fisher(request: _Request) -> list[float]:
     return [math.log(max(cost, TINY)) for cost in layers]
 
 
-def _layer_drop(request: _Request) -> list[float]:
+def _layer_drop(request: Request) -> list[float]:
     assert request.batches is not None
     metric = find_metric(None, task_of(request.model, request.batches))
     intact, without = measure_layer_drop(request.model, request.batches, metric, **request.options)
     return [as_loss(metric, value) - as_loss(metric, intact) for value in without]
 
 
-def _weight_norm(request: _Request) -> list[float]:
+def _weight_norm(request: Request) -> list[float]:
     def magnitudes(index: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, W in request.stack.matrices(index):
             yield name, W.flatten(0, -2), torch.ones(W.shape[-1])
@@ -204,7 +174,7 @@ def _weight_norm(request: _Request) -> list[float]:
     return [outliers.mean_importance(magnitudes(i)) for i in range(len(request.stack))]
 
 
-def _sensitivity(request: _Request) -> list[float]:
+def _sensitivity(request: Request) -> list[float]:
     if request.settings.pruner == CODEBOOK:
         return _probe(request).sensitivity(max(BITS), min(BITS), min(BITS))
     S = request.settings.target
@@ -212,9 +182,16 @@ def _sensitivity(request: _Request) -> list[float]:
     return _probe(request).sensitivity(S - step, S, S + step)
 
 
-def _auto(request: _Request) -> list[float]:
+def _kl(request: Request) -> list[float]:
+    """A logarithm, as that of fisher."""
+    found = {part.layer: part for part in parts_of(request.stack, "layer")}
+    costs = dict(zip(found, divergences(request, [*found.values()]), strict=True))
+    return [math.log(max(costs.get(index, 0.0), TINY)) for index in range(len(request.stack))]
+
+
+def _auto(request: Request) -> list[float]:
     """Tries each candidate and lambda, and keeps the best."""
-    request = replace(request, statistics=_statistics(request))
+    request = replace(request, statistics=statistics_of(request))
     probe = _probe(request)  # raises for unsupported models before candidates are scored
     found = {method: METHODS[method](request) for method in CANDIDATES}
     tried, plans = [], []
@@ -233,7 +210,7 @@ def _auto(request: _Request) -> list[float]:
     return found[method]
 
 
-def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tuple[float, list[float]]]:
+def _plans(request: Request, method: str, values: list[float]) -> Iterator[tuple[float, list[float]]]:
     """(lambda, one value per layer) of each plan that is tried with a score; for bits there is one plan."""
     target = request.settings.target
     sizes = torch.tensor(sizes_of(request.stack)).double()
@@ -248,29 +225,29 @@ def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tupl
         yield width, budget.spread(torch.tensor(values), sizes, target, *ends, falling=True).tolist()
 
 
-def _probe(request: _Request) -> PruningProbe:
+def _probe(request: Request) -> PruningProbe:
     assert request.batches is not None
     few, _ = split_samples(request.batches, PROBE_SAMPLES)
     pruner = request.settings.pruner
-    statistics = None if pruner == "magnitude" else _statistics(request)
+    statistics = None if pruner == "magnitude" else statistics_of(request)
     return PruningProbe(request.stack, pruner, statistics, few, request.show_progress)
 
 
-def _uniform(request: _Request) -> list[float]:
+def _uniform(request: Request) -> list[float]:
     return [1.0] * len(request.stack)
 
 
-def _depth(request: _Request) -> list[float]:
+def _depth(request: Request) -> list[float]:
     return [float(len(request.stack) - index) for index in range(len(request.stack))]
 
 
-def _random(request: _Request) -> list[float]:
+def _random(request: Request) -> list[float]:
     generator = torch.Generator().manual_seed(request.settings.seed)
     return torch.rand(len(request.stack), generator=generator, dtype=torch.float64).tolist()
 
 
 # Method -> its function; the docstring of `score_layers` has the formulas, `settings.METHODS` what each needs.
-METHODS: dict[str, Callable[[_Request], list[float]]] = {
+METHODS: dict[str, Callable[[Request], list[float]]] = {
     "owl": _owl,
     "angular": _angular,
     "block_influence": _block_influence,
@@ -279,6 +256,7 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "layer_drop": _layer_drop,
     "weight_norm": _weight_norm,
     "sensitivity": _sensitivity,
+    "kl": _kl,
     "auto": _auto,
     "uniform": _uniform,
     "depth": _depth,
@@ -287,9 +265,5 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
 # Scores and lambdas that auto tries.
 CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)
-# Number of samples for sensitivity and auto.
-PROBE_SAMPLES = 4
-# Cost of layers without a gradient.
-TINY = 1e-30
 # Sensitivity tries each layer at target - STEP and target + STEP.
 STEP = 0.1

@@ -6,7 +6,7 @@ The model is not changed permanently: the weights of a layer are masked or round
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -118,11 +118,15 @@ class PruningProbe:
             return self.metric.rows(self.stack.model(**model_inputs(batch)), batch, None)
 
     @contextmanager
-    def _changed(self, layer: int, value: float) -> Iterator[None]:
-        """Within the context the layer is pruned to that sparsity, or rounded to that number of bits."""
+    def _changed(self, layer: int, value: float, names: Collection[str] | None = None) -> Iterator[None]:
+        """Within the context the layer is pruned to that sparsity, or rounded to that number of bits; with names, these
+        matrices of it.
+        """
         kept: list[tuple[Tensor, Tensor]] = []
         try:
             for name, W in self.stack.matrices(layer):
+                if names is not None and name not in names:
+                    continue
                 kept.append((W, W.clone()))
                 parts = [(None, W)] if W.dim() == 2 else [(expert, W[expert]) for expert in range(len(W))]
                 for expert, part in parts:

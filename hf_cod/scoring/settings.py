@@ -12,6 +12,13 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
 from hf_cod.io.settings import SampleFields, as_in, check_choice, layers_path_field
 
+# What has a score, or a value of a plan, of its own -> its matrices.
+GRANULARITIES: dict[str, str] = {
+    "layer": "all matrices of a layer",
+    "block": "those of its attention, and those of its MLP",
+    "module": "each matrix",
+}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -33,19 +40,27 @@ class Method:
     uses_statistics: bool = False
 
 
-_OF_OWL, _OF_PROBE = ("threshold", "per_module"), ("target", "pruner")
+_OF_OWL, _OF_PROBE, _OF_PARTS = ("threshold", "per_module"), ("target", "pruner"), ("granularity",)
 METHODS = {
-    "owl": Method("a large share of outliers among |W_ij| ||X_j|| (OWL)", _OF_OWL, uses_statistics=True),
+    "owl": Method("a large share of outliers among |W_ij| ||X_j|| (OWL)", (*_OF_OWL, *_OF_PARTS), uses_statistics=True),
     "angular": Method("a large angle between its input and output, at the last token", needs_batches=True),
     "block_influence": Method("a small cosine similarity of its input and output", needs_batches=True),
     "gradient_norm": Method("a large gradient of the loss with respect to its weights", needs_batches=True),
     "fisher": Method(
-        "a large second-order estimate of the increase of the loss if its outputs are lost", needs_batches=True
+        "a large second-order estimate of the increase of the loss if its outputs are lost",
+        _OF_PARTS,
+        needs_batches=True,
     ),
     "layer_drop": Method("a large increase of the loss when it is removed", needs_batches=True),
-    "weight_norm": Method("a large mean of |W_ij|, a baseline"),
+    "weight_norm": Method("a large mean of |W_ij|, a baseline", _OF_PARTS),
     "sensitivity": Method(
         "a large increase of the loss when its sparsity increases", _OF_PROBE, needs_batches=True, uses_statistics=True
+    ),
+    "kl": Method(
+        "a large KL divergence from the intact model's predictions when it alone is changed",
+        (*_OF_PROBE, *_OF_PARTS),
+        needs_batches=True,
+        uses_statistics=True,
     ),
     "auto": Method(
         "a high score by uniform, owl, angular, fisher or sensitivity, whichever gives the compressed model the "
@@ -54,9 +69,9 @@ METHODS = {
         needs_batches=True,
         uses_statistics=True,
     ),
-    "uniform": Method("nothing (all layers have equal scores), a baseline", needs_weights=False),
-    "depth": Method("an early position, a baseline", needs_weights=False),
-    "random": Method("a high random number from the seed, a baseline", ("seed",), needs_weights=False),
+    "uniform": Method("nothing (all layers have equal scores), a baseline", _OF_PARTS, needs_weights=False),
+    "depth": Method("an early position, a baseline", _OF_PARTS, needs_weights=False),
+    "random": Method("a high random number from the seed, a baseline", ("seed", *_OF_PARTS), needs_weights=False),
 }
 
 
@@ -79,7 +94,7 @@ EXPERT_METHODS = {
     "frequency": ExpertMethod("a large share of tokens routed to it"),
     "owl": ExpertMethod("a large share of outliers among |W_ij| ||X_j|| of its own inputs (OWL)", ("threshold",)),
 }
-# How sensitivity and auto change a layer: two pruners, and rounding to 3 or 4 bits.
+# How sensitivity, kl and auto change a layer: two pruners, and rounding to 3 or 4 bits.
 CODEBOOK = "codebook"
 PRUNERS = {
     "wanda": "zeros by |W_ij| ||X_j||, within a row",
@@ -129,16 +144,25 @@ class ScoreSettings:
     target: float = field(
         default=0.7,
         metadata={
-            "help": "sensitivity and auto: sparsity at which layers are scored; with --pruner codebook: stored bits "
-            "per weight, scales included"
+            "help": "sensitivity, kl and auto: sparsity at which layers are scored; with --pruner codebook: stored "
+            "bits per weight, scales included (kl: always 3 bits)"
         },
     )
     pruner: str = field(
         default="wanda",
         metadata={
-            "help": "sensitivity and auto: how layers are changed to measure the loss. "
+            "help": "sensitivity, kl and auto: how layers are changed to measure the loss. "
             + "; ".join(f"{name}: {effect}" for name, effect in PRUNERS.items()),
             "choices": list(PRUNERS),
+        },
+    )
+    granularity: str = field(
+        default="layer",
+        metadata={
+            "help": "what has a score of its own. "
+            + "; ".join(f"{name}: {meant}" for name, meant in GRANULARITIES.items())
+            + ". Scores that exist for whole layers only require layer",
+            "choices": list(GRANULARITIES),
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of all random choices"})
@@ -146,6 +170,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_choice("granularity", self.granularity, GRANULARITIES)
         check_threshold(self.threshold)
         check_choice("pruner", self.pruner, PRUNERS)
         low, high = (min(BITS) + SCALE_BITS, max(BITS) + SCALE_BITS) if self.pruner == CODEBOOK else (0, 1)
@@ -186,6 +211,7 @@ class ScoreFields(SampleFields, total=False):
     per_module: bool
     target: float
     pruner: str
+    granularity: str
     layers_path: str | None
 
 
@@ -237,6 +263,10 @@ class AllocationSettings:
         default=None, metadata={"help": "N:M sparsity with this M and a separate N for each layer"}
     )
     rule: str = field(default="bounded", metadata={"help": "how scores become values", "choices": list(RULES)})
+    granularity: str | None = field(
+        default=None,
+        metadata={"help": "what has a value of its own: layer, block or module; default: what has a score of its own"},
+    )
 
     def __post_init__(self) -> None:
         self.kind = current_value("kind", self.kind, OLD_KINDS, above=2)
@@ -247,6 +277,8 @@ class AllocationSettings:
             raise ValueError(f"spread: expected a finite number of at least 0, got {self.spread}")
         check_choice("kind", self.kind, KINDS)
         check_choice("rule", self.rule, RULES)
+        if self.granularity is not None:
+            check_choice("granularity", self.granularity, GRANULARITIES)
 
 
 class AllocationFields(TypedDict, total=False):
@@ -255,3 +287,4 @@ class AllocationFields(TypedDict, total=False):
     choices: Sequence[float] | None
     group: int | None
     rule: str
+    granularity: str | None

@@ -76,7 +76,17 @@ BAD = {
     },
     **{
         key: ["x"]
-        for key in ["deselected", "moments", "metrics", "knobs", "pruner", "plot_format", "norm_type", "device"]
+        for key in [
+            "deselected",
+            "moments",
+            "metrics",
+            "knobs",
+            "pruner",
+            "granularity",
+            "plot_format",
+            "norm_type",
+            "device",
+        ]
     },
     **dict.fromkeys(["scores", "statistics", "plan", "chat_template"], FILE),
     **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},

@@ -59,6 +59,7 @@ ON_BATCHES = {
     "fisher": scoring("fisher"),
     "layer_drop": scoring("layer_drop"),
     "sensitivity": scoring("sensitivity"),
+    "kl": scoring("kl"),
     "auto": scoring("auto"),
     "prune": lambda model, batches: prune(model, 0.5, batches=batches),
     "quantize": lambda model, batches: quantize(model, bits=4, block=32, batches=batches),

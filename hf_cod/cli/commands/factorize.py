@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
+from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings, check_parts
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.low_rank.settings import FACTOR_SHARE, WEIGHINGS, FactorizeSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import ScoreSettings
 
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
@@ -26,7 +27,7 @@ DEFAULT_SHARE = 0.8
 # These set a rank for each matrix; all other scores set a share for each layer.
 FISHER, SPECTRUM = OF_MATRICES = tuple(WEIGHINGS)
 # These scores evaluate sparsity plans, which are a poor predictor for ranks.
-OF_SPARSITY = ("sensitivity", "auto")
+OF_SPARSITY = ("sensitivity", "kl", "auto")
 CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in (*OF_MATRICES, *OF_SPARSITY)))
 
 
@@ -61,6 +62,7 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
         },
     )
     factor_share: float = as_in(FactorizeSettings, "factor_share")
+    granularity: str = as_in(ScoreSettings, "granularity")
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
@@ -72,6 +74,9 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
             self.score = DefaultName("uniform")
         if self.score is not None:
             check_choice("score", self.score, CHOICES)
+        check_parts(self)
+        if self.granularity != "layer" and self.method == "oats":
+            raise ValueError(f"granularity: expected layer with method oats, got {self.granularity}")
         for name in ("parameter_share", "full_rank_share"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, SpreadSettings
+from hf_cod.cli.settings import CompressionOutput, SpreadSettings, check_parts
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice, check_effect, check_least
 from hf_cod.scoring.settings import METHODS as SCORES
-from hf_cod.scoring.settings import PRUNERS
+from hf_cod.scoring.settings import PRUNERS, ScoreSettings
 from hf_cod.training.healing.settings import RecoverySettings
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class PruneOptions(SpreadSettings):
             "score; default: no pattern"
         },
     )
+    granularity: str = as_in(ScoreSettings, "granularity")
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
@@ -67,6 +68,7 @@ class PruneOptions(SpreadSettings):
         if self.score is None:
             self.score = DefaultName(self.implied_score or DEFAULT_SCORE)
         check_choice("score", self.score, SCORES)
+        check_parts(self)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
         if self.fixed and (self.sparsity is not None or self.spread is not None):

@@ -13,7 +13,7 @@ from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSe
 from hf_cod.functional.bits import BITS
 from hf_cod.io.module_names import Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
-from hf_cod.scoring.settings import CODEBOOK
+from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
 from hf_cod.scoring.settings import EXPERT_METHODS as EXPERTS
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -58,6 +58,7 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
             "choices": list(EXPERTS),
         },
     )
+    granularity: str = as_in(ScoreSettings, "granularity")
     rounding: str = field(
         default="compensated",
         metadata={
@@ -94,6 +95,8 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         check_choice("score", self.score, SCORES)
         if self.experts is not None:
             check_choice("experts", self.experts, EXPERTS)
+            if self.granularity != "layer":
+                raise ValueError(f"experts: expected none with granularity {self.granularity}, got {self.experts}")
             if not self.mixed:
                 raise ValueError(
                     f"experts: expected none with bits {self.bits:g}, which uses no scores, got {self.experts}"
@@ -171,7 +174,8 @@ class Quantize(Step):
         stack, storage = self._stack(work), self._storage()
         plan = plan_bits(stack, chosen.bits, storage, scores, chosen.skip, expert_scores=self._experts)
         method = scores.method if scores else "uniform"
-        self._planned = as_allocation(work.stack, plan, self._storage(), method)
+        granularity = scores.granularity if scores else "layer"
+        self._planned = as_allocation(work.stack, plan, self._storage(), method, granularity)
         return self._planned
 
     def baselines(self, work: Work, plan: LayerAllocation) -> dict[str, Any]:
@@ -214,7 +218,7 @@ class Quantize(Step):
         if isinstance(plan, float):
             assert self._planned is not None
             alike = [plan] * len(self._planned.values)
-            plan = replace(self._planned, budget=plan, values=alike, method="uniform")
+            plan = replace(self._planned, budget=plan, values=alike, method="uniform", granularity="layer", modules={})
         scores = {} if self._experts is None else {"expert_scores.json": self._experts}
         return {"allocation.json": plan, **scores}
 

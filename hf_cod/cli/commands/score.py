@@ -68,8 +68,8 @@ class ScoreOptions(SampleSettings, ScoreSettings):
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether the method uses statistics; sensitivity needs none if it prunes by magnitude."""
-        by_magnitude = self.method == "sensitivity" and self.pruner == "magnitude"
+        """Whether the method uses statistics; sensitivity and kl need none if they prune by magnitude."""
+        by_magnitude = self.method in ("sensitivity", "kl") and self.pruner == "magnitude"
         return METHODS[self.method].uses_statistics and not by_magnitude
 
 

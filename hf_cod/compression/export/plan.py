@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Width
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.orientation import is_transposed
+from hf_cod.layers.parts import units_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -21,14 +21,6 @@ from hf_cod.scoring.layer_scores import LayerScores
 Size = tuple[int, int]
 """(out, in) of a matrix."""
 
-# Last parts of the names of matrices that engines fuse, because they have the same input.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("w1", "w3"),
-)
-_EXPERTS = re.compile(r".*\.experts(?=\.)")
 # Tolerance for a budget that the user rounded, in bits a weight.
 _TOLERANCE = 0.02
 
@@ -137,22 +129,11 @@ def matrices_of(stack: DecoderLayers, engine: Format, group: int | None, grouped
     return Matrices(units, sizes, left, group, 8 * weight.dtype.itemsize)
 
 
-def units_of(names: list[str], fuses: bool) -> list[list[str]]:
-    """The matrices of a layer by the units that have one width: those that an engine fuses, and all experts."""
-    units: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        experts = _EXPERTS.match(name)
-        group = next((g for g in FUSED if last in g), (last,))
-        key = experts[0] if experts else f"{parent}.{group[0]}"
-        units.setdefault(key if fuses else name, []).append(name)
-    return [*units.values()]
-
-
 def plan_by_scores(
     stack: DecoderLayers, engine: Format, matrices: Matrices, bits: float, scores: LayerScores | None
 ) -> ExportPlan:
-    """Gives the next larger width of the engine to the layers with the highest scores, as far as the budget allows.
+    """Gives the next larger width of the engine to the layers with the highest scores, as far as the budget allows;
+    with scores of blocks or matrices, to the units with the highest scores.
 
     All matrices get the largest width that fits the budget for all of them. Of layers with equal scores, the earlier
     one comes first; in the layer at which the budget is exhausted, units get more in the order of the model.
@@ -174,14 +155,16 @@ def plan_by_scores(
     low = engine.widths[rung]
     high = next((w for w, total in zip(engine.widths, totals, strict=True) if total > totals[rung]), low)
     widths, spent = dict.fromkeys(matrices.sizes, low), totals[rung]
-    values = [0.0] * len(stack) if scores is None else scores.values
-    for index in sorted(range(len(stack)), key=lambda i: -values[i]):
-        for unit in matrices.units[index]:
-            more = sum(_more(engine, matrices, name, low, high) for name in unit)
-            if spent + more > budget:
-                return _made(engine, matrices, widths, scores.method if scores else "uniform")
-            widths |= dict.fromkeys(unit, high)
-            spent += more
+    units = [(index, unit) for index, layer in enumerate(matrices.units) for unit in layer]
+    if scores is not None:
+        ranking = scores
+        units.sort(key=lambda place: -ranking.value_of(*place))
+    for _, unit in units:
+        more = sum(_more(engine, matrices, name, low, high) for name in unit)
+        if spent + more > budget:
+            break
+        widths |= dict.fromkeys(unit, high)
+        spent += more
     return _made(engine, matrices, widths, scores.method if scores else "uniform")
 
 
@@ -203,8 +186,8 @@ def plan_as_given(
         if len(plan.values) != len(stack):
             raise ValueError(f"plan: expected bits of {len(stack)} layers, got {len(plan.values)} ({plan.model})")
         check_sizes("plan", plan.model, plan.sizes, stack)
-        widths = {}
-        for index, value in enumerate(plan.values):
+        widths = _of_matrices(engine, matrices, _whole(plan, matrices)) if plan.modules else {}
+        for index, value in enumerate(plan.values if not plan.modules else ()):
             widths |= _of_layer(engine, matrices, index, value)
     left = {name: "not in the plan" for name in matrices.sizes if name not in widths}
     sizes = {name: size for name, size in matrices.sizes.items() if name in widths}
@@ -225,6 +208,11 @@ def _of_matrices(engine: Format, matrices: Matrices, bits: Mapping[str, Width]) 
                 f"{unit[0].rpartition('.')[0]}"
             )
     return {name: int(bits[name]) for name in matrices.sizes if name in bits}
+
+
+def _whole(plan: LayerAllocation, matrices: Matrices) -> dict[str, Width]:
+    """The bits of the matrices that the engine can quantize."""
+    return {name: int(value) for name, value in plan.modules.items() if name in matrices.sizes}
 
 
 def _of_layer(engine: Format, matrices: Matrices, index: int, value: float) -> dict[str, int]:

@@ -16,6 +16,7 @@ from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.part_plans import check_names_of_matrices
 from hf_cod.scoring.settings import OLD_KINDS
 
 KINDS = ("parameter_share", "rank")
@@ -105,6 +106,10 @@ def plan_of_allocation(
     check_sizes("plan", allocation.model, allocation.sizes, stack)
     ranks: dict[str, int] = {}
     nonzeros: dict[str, int] = {}
+    made_for = (name_of(stack), sizes_of(stack))
+    if allocation.modules:
+        ranks = _ranks_of_matrices(stack, allocation, factor_share)
+        return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros, *made_for)
     for index, share in enumerate(allocation.values):
         if not 0 <= share <= 1 or math.isnan(share):
             raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
@@ -118,8 +123,32 @@ def plan_of_allocation(
             continue
         found = {name: rank_of(shape, share) for name, shape in factorizable(stack, index).items()}
         ranks |= {name: rank for name, rank in found.items() if rank is not None}
-    made_for = (name_of(stack), sizes_of(stack))
     return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros, *made_for)
+
+
+def _ranks_of_matrices(stack: DecoderLayers, allocation: LayerAllocation, factor_share: float | None) -> dict[str, int]:
+    """The rank of each matrix by its own share.
+
+    Raises:
+        ValueError: a sparse part is wanted; a matrix that cannot be factorized, so that the budget would not be met.
+    """
+    if factor_share is not None:
+        raise ValueError(f"plan: expected granularity layer with a sparse part, got {allocation.granularity}")
+    check_names_of_matrices(allocation.modules, stack)
+    rank_of = rank_of_share if allocation.kind == "rank" else rank_of_weights
+    ranks: dict[str, int] = {}
+    for index in range(len(stack)):
+        shapes = factorizable(stack, index)
+        for name in stack.input_shapes(index):
+            share = allocation.modules.get(name, 1.0)
+            if name not in shapes and share < 1:
+                raise ValueError(
+                    f"plan: expected granularity layer for a model with matrices that are not factorized, got "
+                    f"{allocation.granularity}, with {name}{experts_told(stack)}"
+                )
+            rank = rank_of(shapes[name], share) if name in shapes else None
+            ranks |= {} if rank is None else {name: rank}
+    return ranks
 
 
 def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:

@@ -76,8 +76,17 @@ def check_pattern(stack: DecoderLayers, M: int) -> None:
 
 
 @torch.no_grad()
-def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | None, target: Target) -> list[str]:
+def prune_layer(
+    stack: DecoderLayers, index: int, method: Method, sums: Sums | None, targets: Callable[[str], Target]
+) -> list[str]:
     """Prunes all matrices of a layer in place.
+
+    Args:
+        stack: the layers.
+        index: of the layer.
+        method: how they are pruned.
+        sums: of its inputs.
+        targets: name of a matrix -> its target.
 
     Returns:
         The matrices that no token entered; they are pruned by magnitude instead.
@@ -89,7 +98,7 @@ def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | N
         if method.recorder is not None and total is None:
             chosen = METHODS["magnitude"]
             unseen.append(name if expert is None else f"{name}.{expert}")
-        pruned = chosen.prune(W, total, target)
+        pruned = chosen.prune(W, total, targets(name))
         if not pruned.isfinite().all():
             raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name} after pruning")
         W.copy_(pruned)

@@ -32,6 +32,7 @@ from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.part_plans import check_names_of_matrices
 
 
 @renamed(path="layers_path")
@@ -112,16 +113,18 @@ def prune(
     choice = choose_modules(stack, how)
     check_writable(choice.stack)
     use = check_unwritten(stack.model, batches)
-    for M in {target.pattern[1] for target in targets if target.pattern is not None}:
+    of_matrices = _targets_of_matrices(plan, stack)
+    for M in {t.pattern[1] for t in (*targets, *of_matrices.values()) if t.pattern is not None}:
         check_pattern(choice.stack, M)
     if statistics is not None:
         statistics.check(stack)
     told: dict[str, Any] = {"method": method, "plan": _described(plan), **choice.given}
     work = [method, [(t.sparsity, t.pattern) for t in targets], *choice.identity]
+    work += [sorted((name, t.sparsity, t.pattern) for name, t in of_matrices.items())] if of_matrices else []
     finished = _finished(journal, choice.stack, batches, statistics, work)
 
     def prune_one(index: int, sums: Sums | None) -> list[str]:
-        return prune_layer(choice.stack, index, chosen, sums, targets[index])
+        return prune_layer(choice.stack, index, chosen, sums, lambda name: of_matrices.get(name, targets[index]))
 
     passes: list[str] = []
     if chosen.recorder is not None and batches is not None:
@@ -175,15 +178,29 @@ def _targets(plan: LayerAllocation | float | str, stack: DecoderLayers) -> list[
     wrong = [i for i, value in enumerate(plan.values) if not 0 <= value <= 1]
     if wrong:
         raise ValueError(f"plan: expected sparsities in 0..1, got {plan.values[wrong[0]]} in layer {wrong[0]}")
-    patterns: list[Any] = plan.patterns if plan.group is not None else [None] * len(stack)
+    patterns: list[Any] = [None] * len(stack) if plan.group is None or plan.modules else plan.patterns
     return [Target(value, pattern) for value, pattern in zip(plan.values, patterns, strict=True)]
+
+
+def _targets_of_matrices(plan: LayerAllocation | float | str, stack: DecoderLayers) -> dict[str, Target]:
+    """Name -> target of each matrix, if the plan has values of matrices."""
+    if not isinstance(plan, LayerAllocation) or not plan.modules:
+        return {}
+    check_names_of_matrices(plan.modules, stack)
+    wrong = next((name for name, value in plan.modules.items() if not 0 <= value <= 1), None)
+    if wrong is not None:
+        raise ValueError(f"plan: expected sparsities in 0..1, got {plan.modules[wrong]} for {wrong}")
+    return {
+        name: Target(value, None if plan.group is None else plan.pattern(value)) for name, value in plan.modules.items()
+    }
 
 
 def _described(plan: LayerAllocation | float | str) -> str:
     if not isinstance(plan, LayerAllocation):
         return str(plan)
     group = f", N:{plan.group}" if plan.group is not None else ""
-    return f"{plan.budget:g} by {plan.method}{group}"
+    each = "" if plan.granularity == "layer" else f", for each {plan.granularity}"
+    return f"{plan.budget:g} by {plan.method}{group}{each}"
 
 
 def _finished(

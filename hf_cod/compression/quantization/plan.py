@@ -12,7 +12,7 @@ from torch import nn
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.quantizable import quantizable
 from hf_cod.compression.quantization.settings import StorageFields, StorageSettings
-from hf_cod.compression.quantization.units import FEW, MANY, Unit, Units
+from hf_cod.compression.quantization.units import FEW, MANY, Units, ranked, within_budget, within_mean
 from hf_cod.compression.quantization.widths import Size, Width, count_codes, is_width, stored_bits, widths_of
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
@@ -87,6 +87,9 @@ def plan_bits(
     budget is exhausted, some matrices get four bits, in the order of the model, those of experts expert by expert. The
     stored size therefore meets the budget within the size of one matrix.
 
+    With scores of blocks or matrices, the parts with the highest scores get four bits; a part that does not fit the
+    rest of the budget is skipped. Matrices that engines fuse (query, key and value; gate and up) are one part.
+
     With scores of experts, the matrices that all tokens enter (attention, shared experts) get four bits first, layer by
     layer, then the experts with the highest scores of all layers.
 
@@ -125,27 +128,14 @@ def plan_bits(
             f"bits: expected 3, 4, or {least / weights:.3f} to {most / weights:.3f} stored bits a weight, scales "
             f"included, got {bits}"
         )
+    if expert_scores is not None and scores is not None and scores.parts:
+        raise ValueError(f"expert_scores: expected none with scores of granularity {scores.granularity}, got some")
     values = [0.0] * len(stack) if scores is None else scores.values
     units = Units(stack, layers, expert_scores)
-    many, spent = _within_budget(units, units.groups(values), budget - least, storage)
+    parts = scores is not None and bool(scores.parts)
+    groups = units.parts(ranked(scores)) if scores is not None and parts else units.groups(values)
+    many, spent = within_budget(units, groups, budget - least, storage, whole=parts)
     return BitPlan(units.bits(many), sizes, (least + spent) / weights, left)
-
-
-def _within_budget(
-    units: Units, groups: Sequence[Sequence[Unit]], budget: float, storage: StorageSettings
-) -> tuple[set[Unit], int]:
-    """(The units that get four bits, what they cost): whole groups, and of the next one what fits."""
-    many: set[Unit] = set()
-    spent = 0
-    for group in groups:
-        for unit in group:
-            price = units.price(unit, storage)
-            if spent + price <= budget:
-                many.add(unit)
-                spent += price
-        if not many.issuperset(group):
-            break
-    return many, spent
 
 
 def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
@@ -170,15 +160,39 @@ def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
         )
     check_sizes("allocation", config.allocation.model, config.allocation.sizes, stack)
     layers, _ = quantizable(stack, config, config.skip)
+    if config.allocation.modules:
+        return plan_of(stack, _widths(config, [name for layer in layers for name in layer]), config)
     if config.expert_scores is not None:
         config.expert_scores.check(stack)
     units = Units(stack, layers, config.expert_scores)
-    many = {unit for index, value in enumerate(values) for unit in _within(units, units.of_layer(index), value, config)}
+    many = {
+        unit for index, value in enumerate(values) for unit in within_mean(units, units.of_layer(index), value, config)
+    }
     return plan_of(stack, units.bits(many), config)
 
 
+def _widths(config: OwlBnbConfig, names: Sequence[str]) -> dict[str, Width]:
+    """The bits of these matrices in an allocation to matrices."""
+    assert config.allocation is not None
+    if config.expert_scores is not None:
+        got = config.allocation.granularity
+        raise ValueError(f"expert_scores: expected none with an allocation of granularity {got}, got some")
+    modules = config.allocation.modules
+    missing = next((name for name in names if name not in modules), None)
+    if missing is not None:
+        raise ValueError(f"allocation: expected bits of each matrix, got none for {missing}")
+    for name in names:
+        if modules[name] not in BITS:
+            raise ValueError(f"bits: expected 3 or 4, got {modules[name]:g} for {name}")
+    return {name: int(modules[name]) for name in names}
+
+
 def as_allocation(
-    stack: DecoderLayers, plan: BitPlan, storage: StorageSettings, method: str = "uniform"
+    stack: DecoderLayers,
+    plan: BitPlan,
+    storage: StorageSettings,
+    method: str = "uniform",
+    granularity: str = "layer",
 ) -> LayerAllocation:
     """The bits of each layer, which can be saved and used as `OwlBnbConfig.allocation`: the mean over its matrices,
     which lies between 3 and 4 in a layer of both widths.
@@ -188,6 +202,7 @@ def as_allocation(
         plan: for them.
         storage: how codes and scales are stored.
         method: the score by which bits were distributed.
+        granularity: of the plan; the allocation has the bits of each matrix unless it is "layer".
     """
     values, parameters = [], []
     for index in range(len(stack)):
@@ -197,25 +212,9 @@ def as_allocation(
         values.append(spent / codes if names else float(FEW))
         parameters.append(sum(math.prod(plan.sizes[name]) for name in names))
     mean = sum(v * n for v, n in zip(values, parameters, strict=True)) / sum(parameters)
-    return LayerAllocation("bits", mean, values, parameters, method, model=name_of(stack), sizes=sizes_of(stack))
-
-
-def _within(units: Units, layer: Sequence[Unit], value: float, storage: StorageSettings) -> set[Unit]:
-    """The units of a layer that get four bits for a mean of `value`: in order, while they fit.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-    if layer and not FEW <= value <= MANY:
-        raise ValueError(f"bits: expected 3 or 4, got {value:g} for {layer[0][0]}")
-    codes = {unit: units.count_codes(unit, storage) for unit in layer}
-    left = (value - FEW) * sum(codes.values()) + 0.5  # of a code, for rounding
-    found: set[Unit] = set()
-    for unit, count in codes.items():
-        if count <= left:
-            found.add(unit)
-            left -= count
-    return found
+    modules = {} if granularity == "layer" else {name: plan.mean_bits(name) for name in plan.bits}
+    made_for = (name_of(stack), sizes_of(stack))
+    return LayerAllocation("bits", mean, values, parameters, method, None, *made_for, granularity, modules)
 
 
 def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:

@@ -10,6 +10,8 @@ from hf_cod.functional.bits import BITS
 from hf_cod.layers.experts import ExpertMatrix, ExpertSet
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.expert_scores import ExpertScores
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.part_plans import groups_of
 
 FEW, MANY = min(BITS), max(BITS)
 
@@ -57,6 +59,13 @@ class Units:
         ranked = [units for _, units in sorted(routed, key=lambda one: -one[0])]
         return [*(self._layers[index][0] for index in order), *ranked]
 
+    def parts(self, names: Sequence[Sequence[str]]) -> list[list[Unit]]:
+        """The units of parts of layers; those of matrices that are not quantized are left out."""
+        return [
+            [unit for name in part if name in self._sizes for unit in _of_matrix(name, self._sizes[name])]
+            for part in names
+        ]
+
     def of_layer(self, index: int) -> list[Unit]:
         """Those of one layer: first what all tokens enter, then expert by expert."""
         common, routed = self._layers[index]
@@ -79,6 +88,55 @@ class Units:
 
     def _size(self, unit: Unit) -> Size:
         return self._sizes[unit[0]][-2:]
+
+
+def ranked(scores: LayerScores) -> list[list[str]]:
+    """The parts of the scores, highest first; matrices that engines fuse are one part. Ties keep the model's order."""
+    return [[*part.sizes] for part in sorted(groups_of(scores, fuses=True), key=lambda part: -part.value)]
+
+
+def within_budget(
+    units: Units, groups: Sequence[Sequence[Unit]], budget: float, storage: StorageSettings, whole: bool = False
+) -> tuple[set[Unit], int]:
+    """(The units that get four bits, what they cost): whole groups, and of the next one what fits; or, with `whole`,
+    each group that still fits.
+    """
+    many: set[Unit] = set()
+    spent = 0
+    if whole:
+        for group in groups:
+            price = sum(units.price(unit, storage) for unit in group)
+            if spent + price <= budget:
+                many |= {*group}
+                spent += price
+        return many, spent
+    for group in groups:
+        for unit in group:
+            price = units.price(unit, storage)
+            if spent + price <= budget:
+                many.add(unit)
+                spent += price
+        if not many.issuperset(group):
+            break
+    return many, spent
+
+
+def within_mean(units: Units, layer: Sequence[Unit], value: float, storage: StorageSettings) -> set[Unit]:
+    """The units of a layer that get four bits for a mean of `value`: in order, while they fit.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if layer and not FEW <= value <= MANY:
+        raise ValueError(f"bits: expected 3 or 4, got {value:g} for {layer[0][0]}")
+    codes = {unit: units.count_codes(unit, storage) for unit in layer}
+    left = (value - FEW) * sum(codes.values()) + 0.5  # of a code, for rounding
+    found: set[Unit] = set()
+    for unit, count in codes.items():
+        if count <= left:
+            found.add(unit)
+            left -= count
+    return found
 
 
 def _of_matrix(name: str, size: Size) -> list[Unit]:

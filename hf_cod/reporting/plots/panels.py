@@ -28,6 +28,7 @@ SCORE_LABELS = {
     "gradient_norm": GRADIENT,
     "layer_drop": "cost of removal (language models: nats per token)",
     "weight_norm": "mean of |W$_{ij}$|",
+    "kl": "ln of the divergence, nats per token",
     "sensitivity": "increase of the loss, nats per token",
 }
 # Criterion for removing layers -> axis label of the cost of a layer.

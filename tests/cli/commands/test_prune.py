@@ -231,3 +231,19 @@ def test_a_choice_of_modules_is_recorded_and_the_budget_is_theirs(checkpoint, ca
     assert make_parser().parse(words)[2].exclude == ["up_proj", "q_proj"]
     assert prune(checkpoint, "other", "--exclude", "upproj") == 2
     assert "exclude: expected names of the layers' matrices, such as up_proj" in capsys.readouterr().err
+
+
+def test_parts_of_layers_have_sparsities_of_their_own(checkpoint):
+    more = ["--sparsity", "0.5", "--granularity", "module", "--force", "--no-baseline"]
+    assert prune(checkpoint, "out", *more) == 0
+    plan, report = LayerAllocation.load(checkpoint / "out" / "allocation.json"), RunReport.load(checkpoint / "out")
+    assert plan.method == "owl" and report.results["sparsity"] == pytest.approx(0.5, abs=2e-2)
+    assert report.results["module_sparsity"] == pytest.approx(plan.modules, abs=0.1)
+    with pytest.raises(ValueError, match="granularity: expected layer with exclude"):
+        PruneOptions(granularity="module", exclude=["down_proj"])
+
+
+def test_auto_is_measured_at_the_sparsity_of_the_command(checkpoint):
+    assert prune(checkpoint, "out", "--sparsity", "0.5", "--score", "auto", "--method", "magnitude") == 0
+    found = LayerScores.load(checkpoint / "out" / "scores.json").settings
+    assert (found["target"], found["pruner"]) == (0.5, "magnitude")

@@ -225,3 +225,11 @@ def test_experts_get_bits_by_their_own_scores(tmp_path, capsys):
     assert quantize(str(tmp_path / "model"), tmp_path / "no", *text, "--experts", "size") == 2
     assert quantize(str(tmp_path / "model"), tmp_path / "no", *text, "--bits", "3", "--experts", "reap") == 2
     assert "experts: expected none with bits 3, which uses no scores, got reap" in capsys.readouterr().err
+
+
+def test_matrices_get_bits_by_their_own_scores(model, tmp_path):
+    more = ("--granularity", "module", "--score", "owl", "--no-baseline")
+    assert quantize(model, tmp_path / "out", *more) == 0
+    plan = LayerAllocation.load(tmp_path / "out" / "allocation.json")
+    assert RunReport.load(tmp_path / "out").results["module_bits"] == plan.modules
+    assert {*plan.modules.values()} == {3, 4} and plan.granularity == "module"
