@@ -27,6 +27,7 @@ GROUPS = {
     ),
     "model and text": (
         *("dtype", "trust_remote_code", "revision", "layers_path", "teacher_dtype", "teacher_revision"),
+        "max_memory",
         *("text_column", "text_split", "text_config", "eval_text"),
     ),
     "samples": (
