@@ -11,8 +11,6 @@ that by score.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +22,9 @@ from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import with_inputs
 from hf_cod.cli.samples import check_texts, split_text, trained_on
 from hf_cod.cli.settings import ResultsOutput
-from hf_cod.cli.sizes import memory_limit
 from hf_cod.cli.step import BASELINES, Step
 from hf_cod.cli.work import Work
 from hf_cod.io.display import say
-from hf_cod.io.file_memory import weights_in_files
 from hf_cod.io.module_names import without_unset
 from hf_cod.io.output_checks import check_unused
 from hf_cod.io.output_directory import OutputDirectory
@@ -62,21 +58,12 @@ def compress(
     scores = getattr(files, "scores", None)
     told = [step.command, source, asdict(loading), without_unset(asdict(text)), step.identity(), scores]
     output = OutputDirectory(directory, told, check=check_unused, source=source)
-    limit = memory_limit(files.max_memory, loading.device)
-    work = partial(_limited, limit, partial(run, step, source, loading, text, scores_file=scores))
+    work = partial(run, step, source, loading, text, scores_file=scores)
     if write_model(output, work, files, spent=OutputDirectory.journaled) is None:
         say(f"\nno model was written; measurements are kept in {directory.resolve()}")
     else:
         say_written(directory)
     return 0
-
-
-def _limited(
-    limit: int | None, work: Callable[[OutputDirectory], RunReport | None], output: OutputDirectory
-) -> RunReport | None:
-    """Runs the work with weights in files beside its journal, if there is a limit."""
-    with nullcontext() if limit is None else weights_in_files(output.journal, limit):
-        return work(output)
 
 
 def run(

@@ -180,13 +180,6 @@ class ResultsOutput(PlotSettings):
         default=None,
         metadata={"help": "new directory for model, report and plots; default: hf-cod-COMMAND-MODEL"},
     )
-    max_memory: str | None = field(
-        default=None,
-        metadata={
-            "help": "such as 4GB: while layers run, keep weights in files whenever the process holds more than this; "
-            "for models larger than memory, on a CPU under Linux; default: all in memory"
-        },
-    )
 
 
 @dataclass

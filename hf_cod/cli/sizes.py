@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 
 def parse_bytes(text: str, field: str) -> int:
@@ -21,31 +20,6 @@ def parse_bytes(text: str, field: str) -> int:
         return int(size) if size.isdecimal() else factor * convert_file_size_to_int(size.removesuffix("B") + "B")
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{field}: expected a size such as 24GB or 80GiB, got {text!r}") from error
-
-
-def memory_limit(text: str | None, device: str | None) -> int | None:
-    """The bytes of `--max-memory`, None without it.
-
-    Args:
-        text: the option.
-        device: the device of the model; None: the accelerator if there is one.
-
-    Raises:
-        ValueError: not a size, zero, another device than the CPU, or a system other than Linux.
-    """
-    if text is None:
-        return None
-    limit = parse_bytes(text, "max_memory")
-    if limit <= 0:
-        raise ValueError(f"max_memory: expected more than 0 bytes, got {text!r}")
-    if sys.platform != "linux":
-        raise ValueError(f"max_memory: expected Linux, got {sys.platform}; omit it")
-    from hf_cod.io.models import best_device  # here, because it imports torch
-
-    used = device or best_device()
-    if used != "cpu":
-        raise ValueError(f"max_memory: expected the device cpu, got {used}; add --device cpu")
-    return limit
 
 
 def in_gigabytes(value: float) -> str:

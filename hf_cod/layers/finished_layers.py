@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.io.file_memory import move_to_file
 from hf_cod.io.files import fingerprint
 from hf_cod.io.journal import JournalError
 from hf_cod.io.reading import naming_file, open_tensors, parse_json
@@ -88,7 +87,6 @@ class FinishedLayers:
             except (ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(f"journal: expected the tensors of layer {index}, got others: {error}") from error
             self._check_put(index, tensors)
-        move_to_file(self._tensors_of(index).values())
         self.notes[index] = noted
 
     def _check_put(self, index: int, tensors: dict[str, Tensor]) -> None:
@@ -108,7 +106,6 @@ class FinishedLayers:
         if path is not None:
             tensors = {name: tensor.contiguous() for name, tensor in self._tensors_of(index).items()}
             save_tensors(path, tensors, {_NOTE: json.dumps(note), **self._identity(index)}, checked=True)
-        move_to_file(self._tensors_of(index).values())
 
     def _find(self, index: int) -> bool:
         """Looks for the file of a layer; a damaged one is removed."""
