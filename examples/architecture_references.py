@@ -139,18 +139,27 @@ def loss_of(case: Case, model: Any, base: Any) -> Tensor:
 
 def naive_angles(case: Case, model: Any) -> list[float | None]:
     """Mean angle between the state before each layer, which is the output of the one before, and its own output at the
-    last token, in units of pi; None for one that did not run."""
+    last token, in units of pi, over all of its runs; None for one that did not run."""
     stack = find_decoder_layers(model, case.stack)
     angles: list[list[Tensor]] = [[] for _ in stack]
     before: list[Tensor] = []
+    ran: set[int] = set()
     samples = tokens = 0
 
     def hook(index: int) -> Any:
         def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
             y = out[0] if isinstance(out, (tuple, list)) else out
+            if hasattr(out, "attn_output"):  # two streams, as of Reformer
+                x = torch.cat([kwargs["prev_attn_output"], x], -1)
+                y = torch.cat([out.attn_output, out.hidden_states], -1)
+            if index in ran:  # a loop begins again, with an input of its own
+                before.clear()
+                ran.clear()
             # Not its input, to which the model may have added something after the layer before (YOLOS).
-            x = before[-1] if before else args[0] if args else kwargs["hidden_states"]
+            x = before[-1] if before else x
             before.append(y)
+            ran.add(index)
             if x.dim() == 4 and x.shape[2] == tokens:  # streams first, as of Gemma 3n
                 x, y = x.movedim(0, 2), y.movedim(0, 2)
             if x.dim() == 3 and len(x) != samples == x.shape[1]:  # tokens first, as of XLNet
@@ -167,6 +176,7 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
             with torch.no_grad(), evaluation_mode(stack):  # without a cache, with which FSMT reads later tokens, too
                 model(**batch)
             before.clear()
+            ran.clear()
     finally:
         for handle in handles:
             handle.remove()

@@ -253,16 +253,20 @@ def kinds() -> list[str]:
         group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))
     ]
     towers = {LANGUAGE + kind: SIDES for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"}
-    by_name = {**LOOPS, **towers}
+    by_name = {**BY_PATH, **towers}
     found = [kind for kind in found if kind not in by_name]
     found += [f"{kind}@{stack}" for kind, stacks in by_name.items() for stack in stacks]
     readers = [kind for kind in found if kind.startswith(LANGUAGE) and "@" not in kind]
     return found + [f"{kind}{WITH_IMAGES}{side}" for kind in readers for side in ("", "@vision")]
 
 
-# Kinds without a default stack -> their stacks: towers beside each other, and layers that run in turn.
+# Kinds without a default stack -> their stacks: towers beside each other, layers that run in turn, and layers whose
+# halves the config counts.
 SIDES = ("text", "vision")
-LOOPS = {"hrm_text": ("model.L_module.layers", "model.H_module.layers")}
+BY_PATH = {
+    "hrm_text": ("model.L_module.layers", "model.H_module.layers"),
+    "longcat_flash": ("model.layers",),
+}
 
 
 def _auto_classes(group: str) -> dict[str, str]:

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from hf_cod.compression.depth.criteria import plan_depth as plan_depth
     from hf_cod.compression.depth.depth_plan import DepthPlan as DepthPlan
     from hf_cod.compression.depth.dropper import drop_layers as drop_layers
+    from hf_cod.compression.depth.repeat_plan import RepeatPlan as RepeatPlan
+    from hf_cod.compression.depth.repeat_search import plan_repeat as plan_repeat
+    from hf_cod.compression.depth.repeater import repeat_layers as repeat_layers
     from hf_cod.compression.depth.settings import DepthSettings as DepthSettings
     from hf_cod.compression.depth.settings import DropLayersSettings as DropLayersSettings
+    from hf_cod.compression.depth.settings import RepeatSettings as RepeatSettings
     from hf_cod.compression.experts.dropper import drop_experts as drop_experts
     from hf_cod.compression.experts.expert_plan import ExpertPlan as ExpertPlan
     from hf_cod.compression.experts.planning import plan_experts as plan_experts
@@ -65,6 +69,8 @@ if TYPE_CHECKING:
     from hf_cod.io.text import token_batches as token_batches
     from hf_cod.layers.removal.drop import drop as drop
     from hf_cod.layers.removal.drop import skip as skip
+    from hf_cod.layers.removal.repeat import repeat as repeat
+    from hf_cod.layers.removal.repeat import repeated as repeated
     from hf_cod.layers.stack import DecoderLayers as DecoderLayers
     from hf_cod.layers.stack import find_decoder_layers as find_decoder_layers
     from hf_cod.models import fold_lns as fold_lns
@@ -136,6 +142,8 @@ _HOMES = {
     "RankPlan": "compression.low_rank.rank_plan",
     "RankSettings": "compression.low_rank.settings",
     "RecoverySettings": "training.healing.settings",
+    "RepeatPlan": "compression.depth.repeat_plan",
+    "RepeatSettings": "compression.depth.settings",
     "RunReport": "io.report",
     "SampleSettings": "io.settings",
     "SamplerSettings": "training.owlore.settings",
@@ -175,10 +183,14 @@ _HOMES = {
     "plan_experts": "compression.experts.planning",
     "plan_fit": "compression.fit.planning",
     "plan_ranks": "compression.low_rank.spectra",
+    "plan_repeat": "compression.depth.repeat_search",
     "plan_width": "compression.width.planning",
     "prune": "compression.pruning.pruner",
     "quantize": "compression.quantization.quantize",
     "recover": "training.healing.recovery",
+    "repeat": "layers.removal.repeat",
+    "repeat_layers": "compression.depth.repeater",
+    "repeated": "layers.removal.repeat",
     "score_experts": "scoring.expert_methods",
     "score_layers": "scoring.methods",
     "skip": "layers.removal.drop",

@@ -47,6 +47,7 @@ RUNS = {
         f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
     ),
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --n-removed 2 --no-protect --no-speed",
+    "repeat-layers": f"repeat-layers {SOURCE} {MEASURED} --search --length 1 2 --force --no-speed",
     "drop-experts": f"drop-experts {MIXTURE} {MEASURED} --share 0.5 --merge --no-speed",
     "export": f"export {WIDE} {SAMPLES} --bits 4.6",
     "export-llama.cpp": f"export {WIDE} {SAMPLES} --bits 5 --to llama.cpp",
@@ -60,6 +61,7 @@ RUNS = {
     },
     "demo": "demo",
     "compare": "compare diagnose demo/lns",
+    "report": "report diagnose demo/lns --space me/layers",
     "card": "card trained {}",
     "convert": f"convert lns {SOURCE} {{}}",
     "history": "history trained/layer_diagnostics",

@@ -45,8 +45,8 @@ CIRCLES_OF_MODELS = {
 # Files that import a module by its name, to which the order cannot be read off -> which, and why.
 BY_NAME = {
     "io/report.py": (
-        "reporting.plots, the one call of a lower room into a higher one: `RunReport.plot` is public, and io must not "
-        "import matplotlib. A registry would be filled by the same name, from the front door"
+        "reporting.plots and reporting.html, the only calls of a lower room into a higher one: `RunReport.plot` and "
+        "`RunReport.to_html` are public. A registry would be filled by the same names, from the front door"
     ),
     "models/configuration_cod.py": "families: the first config of a family registers its models",
     "models/families.py": "the modeling files, which take seconds to import",

@@ -17,7 +17,9 @@ TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": (
         "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
     ),
+    "analysis/diagnostics/test_forward_pass.py": "analysis/diagnostics/forward_measures.py",
     "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
+    "analysis/diagnostics/test_repeated_layers.py": "layers/streams.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": (
         "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
@@ -49,6 +51,9 @@ TESTED_BY = {
         "compression/depth/removal_probe.py compression/depth/search.py"
     ),
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
+    "compression/depth/test_repeater.py": (
+        "compression/depth/repeat_plan.py compression/depth/repeat_probe.py compression/depth/repeat_search.py"
+    ),
     "compression/experts/test_dropper.py": (
         "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
@@ -102,7 +107,7 @@ TESTED_BY = {
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py layers/watched_weights.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
-    "layers/removal/test_drop.py": (
+    "layers/removal/test_arranging.py": (
         "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py"
     ),
     "layers/test_experts.py": "layers/expert_counts.py layers/expert_discovery.py",
@@ -129,6 +134,7 @@ TESTED_BY = {
         "reporting/plots/names.py reporting/plots/panels.py reporting/plots/trade_off.py "
         "reporting/plots/training_panels.py"
     ),
+    "reporting/test_comparison.py": "io/report_results.py",
     "reporting/test_model_card.py": "cli/commands/card.py reporting/card_entries.py reporting/settings.py",
     "scoring/test_allocation.py": "scoring/layer_scores.py",
     "scoring/test_expert_methods.py": "analysis/statistics/expert_usage.py",

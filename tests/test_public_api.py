@@ -48,6 +48,7 @@ OPTIONS = {
     ),
     "plan_ranks": ("RankSettings", "model parameter_share batches tokenizer texts journal layers_path show_progress"),
     "plan_width": ("WidthSettings", "model parameter_share layers_path"),
+    "plan_repeat": ("RepeatSettings", "model batches tokenizer texts journal layers_path show_progress"),
     "prune": ("PruneSettings", "model plan batches tokenizer texts statistics journal layers_path name show_progress"),
     "quantize": ("OwlBnbConfig", "model batches tokenizer texts journal layers_path name show_progress"),
     "recover": ("RecoverySettings", "model batches tokenizer texts layers_path show_progress"),
@@ -58,7 +59,7 @@ OPTIONS = {
 # These take what they work on alone; `llama_preset` and `owlore` hand fields on, `SparseLinear` is a module.
 WITHOUT = (
     "MeasurementError SparseLinear TrainingHistory compare drop find_decoder_layers fold_lns "
-    "from_authors llama_preset owlore skip split_samples to_lns"
+    "from_authors llama_preset owlore repeat repeat_layers repeated skip split_samples to_lns"
 )
 OTHER_NAMES = {"quantize": "config", "apply_steps": "how", "collect_statistics": "samples", "perplexity": "samples"}
 # Functions that take texts take these; where a function has samples in its own settings, it lacks some of them.

@@ -1,4 +1,4 @@
-"""Tables of `--explain`: the bits of each layer, and the removed layers, with their scores or costs."""
+"""Tables of `--explain`: the bits of each layer, the removed layers, and repeated blocks, with scores or costs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from hf_cod.cli.terminal import make_console
 from hf_cod.compression.depth.depth_plan import DepthPlan
+from hf_cod.compression.depth.repeat_plan import RepeatPlan
 from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.io.display import terminal_text
 from hf_cod.io.report import format_number
@@ -75,3 +76,14 @@ def explain_depth(plan: DepthPlan) -> None:
         maps = ", replaced by linear maps," if found.get("maps") else ""
         told = f"{name}: without layers {layers}{maps} the {plan.metric} is {format_number(found['loss'])}"
         console.print(terminal_text(told), highlight=False)
+
+
+def explain_repetition(plan: RepeatPlan) -> None:
+    """Prints the loss of each block that a search tried, best first."""
+    before, name = plan.losses["searched"], plan.metric.replace("_", " ")
+    title = f"{name} on the samples of the search; intact model: {format_number(before)}"
+    table = Table("first layer", "last layer", name, "difference", title=terminal_text(title))
+    for found in plan.candidates:
+        told = format_number(found["loss"]), f"{found['loss'] - before:+.4f}"
+        table.add_row(str(found["start"]), str(found["end"] - 1), *told)
+    make_console().print(table)

@@ -7,7 +7,9 @@ FIRST = "options"
 # Title -> options, in their order in all commands that have them.
 GROUPS = {
     FIRST: (
+        *("html", "space", "upload"),
         *("to", "text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "share"),
+        *("start", "end", "search", "length"),
         *(
             "min_sparsity",
             "metrics",
@@ -46,7 +48,7 @@ GROUPS = {
     "scores and the plan by layer": ("threshold", "per_module", "target", "pruner", "spread", "baseline", "force"),
     "settings of the method": (
         *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
-        *("channel_multiple", "replacement", "protect", "merge", "rounding", "block", "group_size"),
+        *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size"),
         *("double_quant", "skip"),
         *("knobs", "n_verified"),
         *("recover_steps", "recover_rank", "recover_learning_rate"),

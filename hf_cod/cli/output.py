@@ -12,6 +12,7 @@ from hf_cod.io.display import say
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
+    from hf_cod.reporting.comparison import Comparison
 
 
 def one_directory(by_position: str | None, by_option: str | None) -> str | None:
@@ -90,6 +91,13 @@ def save_report(report: RunReport, results: Path, pictures: PlotSettings | None)
     if pictures is not None and pictures.plots:
         report.plot(results, pictures.plot_format)
     report.save(results)  # after the plots, so that report.md shows them
+
+
+def save_page(shown: RunReport | Comparison, results: Path, name: str = "report.html") -> None:
+    """Saves the interactive page of a report or a comparison in a directory."""
+    from hf_cod.io.files import write_text
+
+    write_text(results / name, shown.to_html())
 
 
 def require_plots() -> None:

@@ -63,7 +63,7 @@ def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | Non
     2. Layers are raised by one choice, in falling order of their rounding error, while the mean does not exceed that
        of `x`. A layer that cannot be raised, because its weight is too large, blocks the smaller values between the
        same two choices, so that y_i <= y_j wherever x_i < x_j. Another set of layers may come nearer to the mean.
-    3. One more layer is raised if that brings the mean nearer.
+    3. One more layer is raised if that brings the mean nearer, by more than rounding errors.
 
     Args:
         x: (L,), between the least and the largest choice.
@@ -93,7 +93,7 @@ def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | Non
         else:
             held.setdefault(int(below[i]), i)
     nearest = min(held.values(), key=lambda i: abs(gap - float(step[i])), default=None)
-    if nearest is not None and abs(gap - float(step[nearest])) < abs(gap):
+    if nearest is not None and abs(gap - float(step[nearest])) < abs(gap) * (1 - 1e-9):
         place[nearest] = above[nearest]
     return grid[place]
 

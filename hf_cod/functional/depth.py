@@ -104,6 +104,29 @@ def carried(found: dict[int, Tensor], count: int) -> list[Tensor]:
     return states
 
 
+def over_runs(runs: list[tuple[set[int], Tensor]], count: int) -> Tensor:
+    """Mean distances over the runs through a list of layers, which a model may run through several times.
+
+    The distance between the inputs of layers l and m > l is that of the runs in which layers l to m - 1 run, but for
+    those that run in none.
+
+    Args:
+        runs: the layers of each run, and the distances (S, L + 1, L + 1) between its states.
+        count: L.
+
+    Returns:
+        (S, L + 1, L + 1); NaN where no run has all of these layers.
+    """
+    distances = torch.stack([found for _, found in runs])  # (R, S, L + 1, L + 1)
+    if len(runs) == 1:
+        return distances[0]
+    ever = set().union(*(layers for layers, _ in runs))
+    missing = torch.tensor([[layer in ever - layers for layer in range(count)] for layers, _ in runs])  # (R, L)
+    before = torch.nn.functional.pad(missing.long().cumsum(-1), (1, 0))  # (R, L + 1)
+    whole = (before[:, :, None] == before[:, None, :])[:, None]  # (R, 1, L + 1, L + 1)
+    return distances.where(whole, 0).sum(0) / whole.sum(0)
+
+
 def completed(found: dict[int, Tensor], count: int, counted: bool = False) -> list[Tensor]:
     """One row per layer; a layer that did not run changes nothing. Of rows that begin with a count it stays."""
     if not found:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from hf_cod.io.display import one_line
+from hf_cod.io.display import first_line, one_line
 
 TIMEOUT = 5.0  # seconds
 # Errors of a machine that reaches no server; of a slow or busy server there are others, after which a retry may help.
@@ -53,6 +56,26 @@ def why_unreachable(
             raise
         return one_line(error) if type(error).__name__ in _UNREACHABLE else None
     return None
+
+
+def upload_space(repo_id: str, directory: str | Path, files: Sequence[str]) -> str:
+    """Uploads files of a directory to a static Space, which is created if it does not exist; returns its address.
+
+    Raises:
+        OSError: no network, no token, or no permission; the message gives the command for another attempt.
+    """
+    try:
+        api = HfApi()
+        address = api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=directory, repo_type="space", allow_patterns=list(files))
+    except Exception as error:
+        if not isinstance(error, OSError) and not _of_connection(error):
+            raise
+        command = shlex.join(["hf", "upload", repo_id, str(directory), "--repo-type", "space"])
+        raise OSError(
+            f"space: expected to upload to {repo_id!r}, got: {first_line(error)}; the directory is complete: {command}"
+        ) from error
+    return str(address)
 
 
 def _of_connection(error: Exception) -> bool:

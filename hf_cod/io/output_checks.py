@@ -19,9 +19,9 @@ REPORT = "report.json"  # in the directory of a finished run
 # Names of files in a journal: layers written by FinishedLayers and JSON lines of a Journal, complete or temporary.
 _KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..*)?")
 # Temporary files of hf_cod: a dot, the final name, a dot, and eight characters.
-_LEFT = re.compile(r"\.[\w-]+\.(gguf|json|jsonl|md|pdf|png|safetensors|svg)\.[a-z0-9_]{8}")
+_LEFT = re.compile(r"\.[\w-]+\.(gguf|html|json|jsonl|md|pdf|png|safetensors|svg)\.[a-z0-9_]{8}")
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
-_OF_RESULTS = (".gguf", ".json", ".jsonl", ".md", ".safetensors", *(f".{name}" for name in PLOT_FORMATS))
+_OF_RESULTS = (".gguf", ".html", ".json", ".jsonl", ".md", ".safetensors", *(f".{name}" for name in PLOT_FORMATS))
 _HOUR = 3600.0
 
 

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 # Module that plots reports. Imported by name, because it imports this module.
 PICTURES = "hf_cod.reporting.plots"
+# Module that makes pages of reports, for the same reason, and the name of such a page beside report.json.
+PAGES, PAGE = "hf_cod.reporting.html.page", "report.html"
 # If all values differ by at most this share of the largest, none of them stands out.
 ALIKE = 0.01
 
@@ -101,9 +103,13 @@ class RunReport:
     def save(self, directory: str | Path) -> Path:
         """Writes `report.json` and `report.md` into `directory`; returns the path of `report.json`."""
         directory = Path(directory)
-        path = write_json(directory / "report.json", {"format": FORMAT_VERSION, **_finite(asdict(self))})
+        path = write_json(directory / "report.json", self.to_json())
         write_text(directory / "report.md", self.to_markdown(directory))
         return path
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `report.json`: NaN is None there, infinity the text "inf"."""
+        return {"format": FORMAT_VERSION, **_finite(asdict(self))}
 
     def keep_earlier(self, directory: str | Path, others: Sequence[str] = (), resumable: bool = True) -> Path | None:
         """Moves the report of a run with another model or settings from `directory` to earlier-1, earlier-2, ...
@@ -122,7 +128,7 @@ class RunReport:
         directory = Path(directory)
         if directory.is_file():
             raise ValueError(f"output: expected a directory, got {str(directory)!r}, which is a file")
-        for name in ("report.json", "report.md"):
+        for name in ("report.json", "report.md", PAGE):
             check_file("output", directory / name)
         if not (directory / "report.json").is_file():
             return None
@@ -137,7 +143,7 @@ class RunReport:
         number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
         target = directory / f"earlier-{number}"
         target.mkdir()
-        for name in ("report.json", "report.md", *others, *(path.name for path in _pictures_in(directory))):
+        for name in ("report.json", "report.md", PAGE, *others, *(path.name for path in _pictures_in(directory))):
             if (directory / name).is_file():
                 (directory / name).replace(target / name)
         logger.warning("%s held a report of %s with other settings: moved to %s", directory, earlier.model, target)
@@ -189,6 +195,18 @@ class RunReport:
             ImportError: matplotlib is not installed; the message gives the pip command.
         """
         return import_module(PICTURES).plot_report(self, directory, plot_format)
+
+    def to_html(self) -> str:
+        """The report as one interactive HTML page, which loads nothing from elsewhere.
+
+        The page has bars by layer, the angular distances between all layers, and a budget that it distributes over the
+        layers; all numbers of `report.json` are in it.
+
+        Raises:
+            ValueError: results that are not as `diagnose` writes them.
+        """
+        page: str = import_module(PAGES).page_of([self], [self.model], self.summary)
+        return page
 
     @checked
     def to_markdown(self, directory: str | Path | None = None) -> str:

@@ -21,6 +21,7 @@ MEANINGS = {
     "parameter_share": "share of the weights that is kept",
     "parameters": "number of weights in the layer's matrices",
     "removed": "1 if the layer was removed",
+    "runs": "how often the layer runs",
     "score": "importance of the layer by the score in the settings; higher is more important",
     "share_of_channels": "share of the MLP's channels that is kept",
     "share_of_heads": "share of the attention heads that is kept",

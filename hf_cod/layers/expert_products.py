@@ -91,6 +91,10 @@ class _Products(FollowedRows):
     def __init__(self, sets: Sequence[ExpertSet], enters: Enters | None, leaves: Leaves | None) -> None:
         super().__init__()
         self._watched = [(experts, matrix) for experts in sets for matrix in experts.banked]
+        # Parameter -> its bank, of those with experts that have no weights: a router may choose none of the others.
+        partial = [experts.banked for experts in sets if len({matrix.experts for matrix in experts.banked}) > 1]
+        self._partial = {id(matrix.parameter): id(matrix.module) for banked in partial for matrix in banked}
+        self._used: set[int] = set()
         self._enters, self._leaves = enters, leaves
         self._on = False
         self._ran: dict[int, ExpertMatrix] = {}
@@ -123,6 +127,12 @@ class _Products(FollowedRows):
 
         return note
 
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()) if self._partial else ():
+            if id(value) in self._partial:
+                self._used.add(self._partial[id(value)])
+        return super().__torch_function__(func, types, args, kwargs)
+
     def expert_hook(self, experts: ExpertSet, expert: int) -> Callable[..., None]:
         """A forward hook of a module that is one expert of a list."""
 
@@ -135,13 +145,15 @@ class _Products(FollowedRows):
         return read
 
     def check_seen(self) -> None:
-        """Checks that products of each bank that ran were seen.
+        """Checks that products of each bank that ran were seen. A bank some of whose experts have no weights may run
+        without any, and then uses none of its parameters.
 
         Raises:
             ValueError: they were not.
         """
+        idle = {*self._partial.values()} - self._used
         for key, bank in self._ran.items():
-            if key not in self._seen:
+            if key not in self._seen and key not in idle:
                 raise ValueError(
                     f"model: expected experts that multiply tokens by views of their parameters, got "
                     f"{type(bank.module).__name__} ({bank.bank}), whose inputs cannot be observed"

@@ -19,7 +19,7 @@ from hf_cod.io.display import one_line
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.direct_use import direct_use
-from hf_cod.layers.layer_calls import layers_obstacle
+from hf_cod.layers.layer_calls import REPEATED, layers_obstacle
 from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.partial_forward import layer_states, run_layer
 from hf_cod.layers.probe_inputs import probe_inputs
@@ -68,6 +68,12 @@ def dependence(stack: DecoderLayers, batches: Sequence[Batch]) -> str | None:
         return obstacle
     found = _dependent(stack, batches[0] if batches else None)
     return None if found is None else _described(*found)
+
+
+def runs_several_times(stack: DecoderLayers, batches: Sequence[Batch] | None = None) -> bool:
+    """Whether a layer of these runs several times in a forward pass."""
+    obstacles = direct_use(stack.model, batches).obstacles
+    return any(obstacles.get(f"{stack.layers_path}.{index}") == REPEATED for index in range(len(stack)))
 
 
 _SHARING = "num_kv_shared_layers > 0"

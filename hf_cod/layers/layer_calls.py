@@ -8,7 +8,7 @@ of output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_cod.layers.running import described_output, hidden_output
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import module_lists
 
+REPEATED = "runs several times in a forward pass"
 SEVERAL_TIMES = "a model that runs the same layers several times cannot be treated layer by layer"
 
 
@@ -30,11 +31,30 @@ def check_first_call(stack: DecoderLayers, index: int, called: set[int]) -> None
         ValueError: it has been called before.
     """
     if index in called:
-        raise ValueError(
-            f"model: expected layers that run once in a forward pass, got {stack.layers_path}.{index} of "
-            f"{type(stack.model).__name__}, which runs again; {SEVERAL_TIMES}"
-        )
+        raise ValueError(_runs_again(stack, index))
     called.add(index)
+
+
+def check_runs(stack: DecoderLayers, runs: Sequence[int]) -> None:
+    """Checks that each layer runs once.
+
+    Args:
+        stack: the layers.
+        runs: number of runs of each layer in a forward pass.
+
+    Raises:
+        ValueError: a layer that runs several times.
+    """
+    for index, count in enumerate(runs):
+        if count > 1:
+            raise ValueError(_runs_again(stack, index))
+
+
+def _runs_again(stack: DecoderLayers, index: int) -> str:
+    return (
+        f"model: expected layers that run once in a forward pass, got {stack.layers_path}.{index} of "
+        f"{type(stack.model).__name__}, which runs again; {SEVERAL_TIMES}"
+    )
 
 
 def layers_obstacle(stack: DecoderLayers, found: Mapping[str, str]) -> str | None:
@@ -85,7 +105,7 @@ class LayerCalls:
         def enter(*_: Any) -> None:
             self._calls[name] += 1
             if self._calls[name] == 2:
-                self.obstacles[name] = "runs several times in a forward pass"
+                self.obstacles[name] = REPEATED
             if recorded and not torch.is_grad_enabled() and name not in self.without_gradients:
                 self.without_gradients.append(name)
 

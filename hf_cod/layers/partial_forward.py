@@ -75,6 +75,43 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
 
 
 @contextmanager
+def returned_beside(stack: DecoderLayers) -> Iterator[dict[int, tuple[Any, ...] | None]]:
+    """Records for each layer that runs in the block what it returns beside its hidden state, as in `State`.
+
+    Raises:
+        ValueError: a layer returns more than its hidden state.
+    """
+    found: dict[int, tuple[Any, ...] | None] = {}
+
+    def hook_of(index: int) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found[index] = state_of(output)[1]
+            if found[index]:
+                raise ValueError(
+                    f"model: expected layers that return their hidden state alone if they run several times, got "
+                    f"{stack.layers_path}.{index} of {type(stack.model).__name__}, which returns more"
+                )
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook_of(index)) for index, layer in enumerate(stack)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def passed_over(stack: DecoderLayers, layer: int, rest: tuple[Any, ...] | None) -> Iterator[None]:
+    """Within the block a layer returns its input and `rest`, see `State`, at each of its runs in a forward pass."""
+    passages = OrderedDict(stack.module_list._modules)
+    passages[str(layer)] = Passage(stack[layer], None, lambda: rest)
+    with exchanged_layers(stack, passages):
+        yield
+
+
+@contextmanager
 def exchanged_layers(stack: DecoderLayers, modules: OrderedDict[str, Any]) -> Iterator[None]:
     """Within the block the model runs these modules in place of its layers."""
     own = stack.module_list._modules

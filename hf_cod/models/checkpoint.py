@@ -16,35 +16,50 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
-from transformers.utils.hub import cached_file, list_repo_templates
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
+from transformers.utils.hub import (
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    cached_file,
+    list_repo_templates,
+)
 
-# Files next to the weights that a conversion copies.
+# Of these, and of config.json, the files whose `auto_map` names custom code.
+WITH_CODE = (
+    TOKENIZER_CONFIG_FILE,
+    *dict.fromkeys((FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME)),
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
+# Files next to the weights that a conversion copies. Names of vocabularies are those of single tokenizers.
 COMPANIONS = (
-    "tokenizer.json",
+    *WITH_CODE,
+    AUDIO_TOKENIZER_NAME,
+    CHAT_TEMPLATE_FILE,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    ADDED_TOKENS_FILE,
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
     "tekken.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-)
-CHAT_TEMPLATE_DIR = "additional_chat_templates"
-# Of these, and of config.json, the files whose `auto_map` names custom code.
-WITH_CODE = (
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
 )
 
 

@@ -12,16 +12,8 @@ import torch
 from hf_cod.functional.depth import late_share
 from hf_cod.io.arguments import checked
 from hf_cod.io.markdown import escaped
-from hf_cod.io.report import DropResults, Interval, RunReport, format_interval, format_number
-from hf_cod.io.schema import check_value
-
-# Entry of a report's results -> its type.
-_READ: dict[str, Any] = {
-    "angular_distance": list[list[float | None]],
-    "effective_depth": Interval,
-    "late_share": float,
-    "layer_drop": DropResults,
-}
+from hf_cod.io.report import RunReport, format_interval, format_number
+from hf_cod.io.report_results import check_results
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,12 @@ class Comparison:
         lines += ["", *[f"- {escaped(sentence)}" for sentence in self.verdict]]
         return "\n".join(lines).rstrip() + "\n"
 
+    def to_html(self) -> str:
+        """The runs as one interactive HTML page, linked by relative depth; see `RunReport.to_html`."""
+        from hf_cod.reporting.html.page import page_of
+
+        return page_of(self.reports, self.labels, self.verdict)
+
 
 @checked
 def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -> Comparison:
@@ -83,14 +81,7 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
                 f"runs: expected reports of diagnose, got one of {report.kind} ({report.model}); measure the model by "
                 "hf-cod diagnose first, which takes its directory"
             )
-        for name, kind in _READ.items():
-            check_value(report.results.get(name), kind | None, f"results[{name!r}] of {report.model}", {"nan": True})
-        rows = report.results.get("angular_distance") or []
-        odd = next((len(row) for row in rows if len(row) != len(rows)), None)
-        if odd is not None:
-            raise ValueError(
-                f"results['angular_distance'] of {report.model}: expected {len(rows)} columns, as rows, got {odd}"
-            )
+        check_results(report)
     names = [report.model for report in reports] if labels is None else list(labels)
     if len(names) != len(reports):
         raise ValueError(f"labels: expected {len(reports)}, one for each run, got {len(names)}")

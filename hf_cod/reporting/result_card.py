@@ -25,6 +25,7 @@ WHAT = {
     "factorize": "with low-rank factors instead of full matrices",
     "narrow": "with fewer attention heads and MLP channels",
     "drop-layers": "with fewer layers",
+    "repeat-layers": "with repeated layers",
     "drop-experts": "with fewer experts",
     "pack": "stored in a sparse format",
     "quantize": "quantized to three and four bits per weight",

@@ -94,6 +94,7 @@ KINDS = {
     "statistics": Kind("sums.safetensors", f"score model {QUICK} --statistics sums.safetensors --output out"),
     "plan": Kind("plan.json", f"drop-layers model {MEASURED} --plan plan.json --output out --no-speed"),
     "report to compare": Kind("one/report.json", "compare one two --output out --no-plots"),
+    "report to show": Kind("one/report.json", "report one --html --output out.html"),
     "report of a result": Kind("result/report.json", "card result"),
     "report of pre-training": Kind("trained/report.json", "card trained card", few=2),
     "history": Kind("history.jsonl", "history history.jsonl --output out --no-plots"),

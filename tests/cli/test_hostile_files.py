@@ -343,7 +343,7 @@ FOREIGN = {
     "report.md/": None,
     "journal.jsonl/": None,
 }
-OF_DIAGNOSE = {"overview.png": "mine", "layer_drop.svg": "mine"}
+OF_DIAGNOSE = {"report.html": "<p>mine", "overview.png": "mine", "layer_drop.svg": "mine"}
 OF_SCORE = {
     "score.png": "mine",
     "scores.json": "[1, 2]",
@@ -354,7 +354,8 @@ OF_SCORE = {
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [*(("diagnose", name) for name in FOREIGN), *(("score", name) for name in FOREIGN | OF_SCORE)]
+    ("command", "name"),
+    [*(("diagnose", name) for name in FOREIGN | OF_DIAGNOSE), *(("score", name) for name in FOREIGN | OF_SCORE)],
 )
 def test_files_of_others_with_names_of_results_are_kept(command, name, place, capsys):
     path, content = place / "out" / name, (FOREIGN | OF_SCORE | OF_DIAGNOSE)[name]
@@ -364,7 +365,7 @@ def test_files_of_others_with_names_of_results_are_kept(command, name, place, ca
     check_refused(arguments, place, capsys, f"out/{name}".rstrip("/"))
 
 
-@pytest.mark.parametrize("name", ["compare.md", "compare.png"])
+@pytest.mark.parametrize("name", ["compare.md", "compare.html", "compare.png"])
 def test_files_of_others_with_names_of_a_comparison_are_kept(name, place, capsys):
     report().save(place / "one")
     (place / "out").mkdir()

@@ -45,8 +45,8 @@ def test_scores_are_checked_before_anything_is_measured(checkpoint, capsys, monk
         (["compare", "a", "b"], "runs: expected"),
         (
             ["fly"],
-            "drop-layers, drop-experts, pack, quantize, export, fit, heal, finetune, compare, card, convert, env, "
-            "got 'fly'",
+            "drop-layers, repeat-layers, drop-experts, pack, quantize, export, fit, heal, finetune, compare, report, "
+            "card, convert, env, got 'fly'",
         ),
     ],
 )

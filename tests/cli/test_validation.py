@@ -14,6 +14,7 @@ POSITIONAL = {
     "demo": [],
     "env": [],
     "compare": ["run", "run"],
+    "report": ["run"],
     "history": ["run"],
     "card": ["run", "card"],
     "convert": ["authors", "model", "converted", "--norm-type", "post_pre"],
@@ -36,6 +37,7 @@ FREE = [
     "labels",
     "sources",
     "comparison",
+    "space",
 ]
 COUNT, SHARE, POSITIVE = ["0", "-1", "x"], ["-0.1", "1.5", "nan", "x"], ["0", "-1", "nan", "inf", "x"]
 FILE = ["none.json", "text.txt"]
@@ -80,6 +82,10 @@ BAD = {
     **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
     **{key: ["much", "-4GB"] for key in ["memory", "device_memory"]},
     "output": ["text.txt", "taken"],
+    "start": ["-1", "x"],
+    "end": ["0", "x"],
+    "times": ["1", "x"],
+    "length": ["0", "x"],
     "sparsity": SHARE,
     "pattern": ["2of4", "4:2", "0:4"],
     "spread": ["-0.1", "nan", "inf", "x", "0.9"],
@@ -101,7 +107,7 @@ BAD = {
     "post_layers": ["x"],
     "diagnose output": ["text.txt"],  # these two keep what is there
     "score output": ["text.txt"],
-    **{f"{command} output": [] for command in ("compare", "history", "demo")},  # take what is there
+    **{f"{command} output": [] for command in ("compare", "report", "history", "demo")},  # take what is there
 }
 # Options that depend on one another: a whole command -> its error.
 TOGETHER = {
@@ -114,6 +120,7 @@ TOGETHER = {
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
     "drop-experts model --threshold 3": "threshold: expected none with method reap, which does not use it",
     "drop-layers model --n-removed 2 --parameter-share 0.5": "n_removed: expected either n_removed or parameter_share",
+    "repeat-layers model --start 1 --end 2 --search": "search: expected either search, or start and end, got both",
     "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
     "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none with steps",
     "finetune model --batch-size 6 --micro-batch-size 4": "micro_batch_size: expected batch_size 6 to be a multiple",
@@ -270,6 +277,7 @@ NOT_THERE = {
     "quantize model --scores none": "scores: expected a file, got 'none', which does not exist",
     "score model --statistics taken": "statistics: expected a file of statistics, got 'taken', which is a directory",
     "drop-experts model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
+    "repeat-layers model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
     "drop-layers model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
     f"quantize {'m' * 300}": f"model: expected a path, got '{'m' * 20}",
     f"score model --text {'t' * 300}": f"text: expected a path, got '{'t' * 20}",
@@ -277,6 +285,7 @@ NOT_THERE = {
     "history taken": "run: expected a training history of hf_cod, got 'taken', which has no history.jsonl",
     "compare taken none": "runs: expected a directory with a report.json, or such a file, got 'taken', which has no",
     "compare none": "runs: expected a directory with a report.json, or such a file, got 'none', which does not exist",
+    "report none": "runs: expected a directory with a report.json, or such a file, got 'none', which does not exist",
     "card none": "directory: expected the output directory of a command, got 'none', which does not exist",
     "card taken": "directory: expected the output directory of a command, got 'taken', which has no report.json",
     "card text.txt": "directory: expected the output directory of a command, got 'text.txt', which is a file",

@@ -27,6 +27,7 @@ SMALL = {
     "factorize": QUICK,
     "narrow": {**QUICK, "--channel-multiple": "8"},
     "drop-layers": QUICK,
+    "repeat-layers": QUICK,
     "drop-experts": QUICK,
     "fit": {**QUICK, "--tuning-samples": "4", "--n-verified": "0"},
     "heal": TRAINING,
@@ -133,7 +134,8 @@ def small(command, arguments, models, number):
     own = {**SMALL.get(command, {}), **(SAMPLED if sampled else {})}
     settings = {**own, **{name: value for name, value in REPLACED.items() if name in given}}
     more = TOGETHER if command == "fit" and "--bits" in given else ADDED.get(command, {})
-    output = {} if command in BY_PLACE else {"--output": f"output-{number}"}
+    in_terminal = command == "report" and not given & {"--html", "--space"}
+    output = {} if command in BY_PLACE or in_terminal else {"--output": f"output-{number}"}
     for name, value in {**more, "--text": "my.txt", **output}.items():
         if name in options and (name not in given or name in TOGETHER):
             settings[name] = value

@@ -22,6 +22,7 @@ COMMANDS = {
     "factorize": ["--parameter-share", "0.7"],
     "narrow": ["--parameter-share", "0.7"],
     "drop-layers": ["--n-removed", "1"],
+    "repeat-layers": ["--start", "1", "--end", "2"],
     "fit": ["--bits", "6"],
 }
 ADVICE = "use the model from before, or a dense copy (import hf_cod; m = AutoModelForCausalLM.from_pretrained("

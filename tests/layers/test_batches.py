@@ -32,6 +32,7 @@ CALLS = {
     "plan_depth": lambda model: (model, 1, "search"),
     "plan_experts": lambda model: (model, 0.5),
     "plan_ranks": lambda model: (model, 0.7, "fisher"),
+    "plan_repeat": lambda model: (model, 1),
     "prune": lambda model: (model, 0.5),
     "quantize": lambda model: (model,),
     "recover": lambda model: (model,),

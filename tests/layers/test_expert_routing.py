@@ -1,13 +1,17 @@
 """What enters and leaves experts, whatever runs them: by transformers' interface, by products, or as modules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_cod import collect_statistics, find_decoder_layers
+from examples.tiny_architectures import build as build_type
+from hf_cod import collect_statistics, find_decoder_layers, plan_experts, prune
 from hf_cod.layers.expert_routing import IMPLEMENTATION, observed_experts
+from hf_cod.layers.removal.experts import mixtures_of
 from tests import references
 from tests.tiny_models import MIXTURE_TYPES, MIXTURES, batch_for, build, build_mixture
 
@@ -206,3 +210,39 @@ def test_banks_that_cannot_be_observed_are_refused(way, message):
     with pytest.raises(ValueError, match=message):
         collect_statistics(model, [batch_for(model)])
     assert not torch._C._len_torch_function_stack()
+
+
+def test_experts_without_weights():
+    """A router of LongCat-Flash may choose only experts that return their input: no matrix of the bank is used."""
+    model, batches = build_type("longcat_flash"), [{"input_ids": torch.arange(3, 19)[None]}]
+    banks = [layer.mlp.experts for layer in model.model.layers]
+    seen = [0] * len(banks)
+
+    def hook(layer):
+        def count(bank, args):
+            seen[layer] += int((args[1] < bank.num_routed_experts).sum())
+
+        return count
+
+    handles = [bank.register_forward_pre_hook(hook(layer)) for layer, bank in enumerate(banks)]
+    found = collect_statistics(model, batches, layers_path="model.layers")
+    for handle in handles:
+        handle.remove()
+    assert 0 in seen, "a layer without a product"
+    for layer, count in enumerate(seen):
+        squares = found.squares[f"model.layers.{layer}.mlp.experts.down_proj"]
+        assert bool(squares.any()) == bool(count)
+    report = prune(model, 0.5, "wanda", batches=batches, layers_path="model.layers")
+    assert report.results["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_experts_some_of_which_have_no_weights_are_not_removed():
+    model = build_type("longcat_flash")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for path, why in (("model.layers", "a config that counts the layers"), (None, "one module list of 8 layers")):
+        with pytest.raises(ValueError, match=f"^model: expected {why}"):
+            plan_experts(model, 0.25, batches=[{"input_ids": torch.arange(3, 19)[None]}], layers_path=path)
+    stack = replace(find_decoder_layers(model, "model.layers"), config=model.config)
+    with pytest.raises(ValueError, match=r"expected experts that all have weights, got 260 in .*, 4 of which have all"):
+        mixtures_of(stack)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

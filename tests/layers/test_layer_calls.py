@@ -59,9 +59,7 @@ def reversible(auto=AutoModelForCausalLM, kind="reformer"):
 
 
 RUNNING = {
-    "angles": lambda model, batches: diagnose(model, batches=batches, metrics=["angular_distance"]),
-    "layer_drop": lambda model, batches: diagnose(model, batches=batches, metrics=["layer_drop"]),
-    "scores": lambda model, batches: score_layers(model, batches=batches, method="angular"),
+    "scores": lambda model, batches: score_layers(model, batches=batches, method="auto"),
     "plan_depth": lambda model, batches: plan_depth(model, 1, "search", batches=batches),
     "replacement": lambda model, batches: drop_layers(model, [1], "linear", batches=batches),
 }
@@ -116,11 +114,16 @@ def test_heads_and_channels_of_layers_that_run_several_times():
     assert outputs(model).isfinite().all()
 
 
-def test_training_is_watched_on_layers_that_run_once():
-    model = looped()
+def test_training_is_watched_with_means_over_the_runs():
+    model, batch = looped(), batch_for(looped())
+    watched = LayerMonitor(model, probe=[batch]).measure(0)
+    found = diagnose(model, batches=[batch], metrics=["angular_distance", "output_variance"]).layers
+    assert all(watched[name] == pytest.approx(found[name]) for name in ("angular_distance", "variance"))
+
+
+def test_layers_that_run_several_times_are_named():
     with pytest.raises(ValueError, match=f"{SEVERAL} again; {SEVERAL_TIMES}"):
-        LayerMonitor(model, probe=[batch_for(model)])
-    LayerMonitor(build("llama"), probe=[batch_for(model)])
+        plan_depth(looped(), 1, batches=[batch_for(looped())])
 
 
 def test_hidden_states_are_matched_on_layers_that_run_once():
@@ -161,7 +164,14 @@ def test_what_runs_no_single_layer_works_on_loops():
     assert prune(model, 0.5, "magnitude").results["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("do", RUNNING.values(), ids=RUNNING)
+@pytest.mark.parametrize(
+    "do",
+    [
+        *(RUNNING[name] for name in ("plan_depth", "replacement")),
+        lambda model, batches: diagnose(model, batches=batches, metrics=["layer_drop"]),
+    ],
+    ids=["plan_depth", "replacement", "layer_drop"],
+)
 def test_layers_that_return_their_streams_by_name_are_refused(do):
     model = reversible()
     before = copy.deepcopy(model.state_dict())

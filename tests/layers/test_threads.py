@@ -22,6 +22,8 @@ from hf_cod import (
     prune,
     quantize,
     recover,
+    repeat,
+    repeat_layers,
     score_layers,
     skip,
 )
@@ -38,6 +40,8 @@ SECOND = {
     "prune by statistics": lambda model: prune(model, 0.5, statistics=collect_statistics(model, two_batches(model))),
     "drop": lambda model: drop(model, 1),
     "skip": lambda model: skip_one(model),
+    "repeat": lambda model: repeat(model, 1, 2),
+    "repeat_layers": lambda model: repeat_layers(model, 1),
     "drop_layers": lambda model: drop_layers(model, [1]),
     "drop_layers with a map": lambda model: drop_layers(model, [1], "linear", batches=two_batches(model)),
     "narrow": lambda model: narrow(model, 0.7, "magnitude", "none"),

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from hf_cod import LayerAllocation, OwlBnbConfig, drop, drop_layers, factorize, narrow, pack_sparse, prune, quantize
+from hf_cod import (
+    LayerAllocation,
+    OwlBnbConfig,
+    drop,
+    drop_layers,
+    factorize,
+    narrow,
+    pack_sparse,
+    prune,
+    quantize,
+    repeat,
+)
 from tests.tiny_models import build, outputs, two_batches
 
 UNEQUAL = LayerAllocation("parameter_share", 0.6, [0.4, 0.8, 0.4, 0.8], [1] * 4, "mine")
@@ -19,6 +30,7 @@ CHANGES = {
     "narrow, stock": lambda model: narrow(model, 0.6, "magnitude", "none", channel_multiple=8),
     "narrow, shaped": lambda model: narrow(model, UNEQUAL, "magnitude", "none", channel_multiple=8),
     "drop": lambda model: drop(model, [1]),
+    "repeat": lambda model: repeat(model, 1, 2),
     "drop_layers": lambda model: drop_layers(model, [1, 2], "linear", batches=two_batches(model)),
     "pack_sparse": packs,
     "quantize": lambda model: quantize(model, OwlBnbConfig(bits=4)),

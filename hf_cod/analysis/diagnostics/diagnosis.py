@@ -10,8 +10,9 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from hf_cod.analysis.diagnostics.findings import summarize
-from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_forward
+from hf_cod.analysis.diagnostics.findings import layer_ranges, summarize
+from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
+from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
 from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward, check_norms
@@ -25,12 +26,13 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, required
-from hf_cod.layers.checks import name_of
+from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import environment_of
-from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.direct_use import check_unwritten, direct_use
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_calls import REPEATED, layers_obstacle
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.stacks import are_alternatives
 from hf_cod.layers.task import task_of
@@ -67,13 +69,16 @@ def diagnose(
 
     The report's `results` hold:
 
-    - `angular_distance`: L x L, entry n - 1 of row l, None where l + n > L;
+    - `angular_distance`: L x L, entry n - 1 of row l, None where l + n > L or no run has these layers;
+    - `runs`: number of runs of each layer in a forward pass, if a layer runs several times: its figures are then means
+      over its runs, and `layer_drop` removes it from each, see `measure_forward`;
     - `effective_depth`: value, low, high, confidence;
     - `late_share`: share of the late half of the layers in the sum of angular distances; below 1/2 if deep layers turn
       the hidden state less;
     - `idle_below`: the angular distance that rounding alone can cause; if no layer turns the state further, effective
       depth and late share are left out;
     - `layer_drop`: metric, lower_is_better, intact, without (one value per layer);
+    - `layer_parameters`: number of weights in each layer's matrices;
     - `intervals`: measure -> [low, high] of each layer, 95 % percentile bootstrap over samples; for `layer_drop` those
       of `without`. Fewer than 8 samples give no interval.
 
@@ -131,6 +136,7 @@ def diagnose(
         if output is not None and report.layers:
             report.save(output)
         raise MeasurementError(str(error) or type(error).__name__, report) from error
+    report.results["layer_parameters"] = sizes_of(stack)
     report.summary[:] = summarize(report)
     if output is not None:
         report.save(output)
@@ -187,7 +193,8 @@ def _why_dependent(stack: DecoderLayers, batches: list[Batch]) -> str | None:
         check_unwritten(stack.model, batches)
     except ValueError as error:
         return str(error).partition(": ")[2]
-    return None
+    obstacles = direct_use(stack.model, batches).obstacles
+    return layers_obstacle(stack, {name: why for name, why in obstacles.items() if why != REPEATED})
 
 
 def _measure(
@@ -218,6 +225,7 @@ def _measure(
         report.results["intervals"] = dict(found["results"].get("intervals", {}))
         for layer in found["results"].get("not_run", []):
             report.notes.append(f"layer {layer} did not run on these inputs")
+        report.notes.extend(_repeated(found["results"].get("runs", [])))
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm", *where)
         if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
@@ -254,12 +262,27 @@ def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: in
         _keep_intervals(results, block_influence=ends_of(measures.influence, seed))
     if "output_variance" in metrics:
         layers.update(measures.output_variance())
+    if max(measures.runs) > 1:
+        results["runs"] = list(measures.runs)
     if measures.not_run:
         results["not_run"] = list(measures.not_run)
         for name in ("angular_distance", "block_influence", "added_share"):
             if name in layers:
                 layers[name] = [None if i in measures.not_run else v for i, v in enumerate(layers[name])]
     return {"layers": layers, "results": results}
+
+
+def _repeated(runs: Sequence[int]) -> list[str]:
+    """Notes on layers that run several times in a forward pass, by their number of runs."""
+    notes = []
+    for count in sorted({count for count in runs if count > 1}):
+        layers = [index for index, found in enumerate(runs) if found == count]
+        several = len(layers) > 1
+        notes.append(
+            f"layer{'s' if several else ''} {layer_ranges(layers)} ran {count} times in a forward pass; "
+            f"{'their' if several else 'its'} figures are means over these runs"
+        )
+    return notes
 
 
 def _keep_intervals(results: dict[str, Any], **ends: Any) -> None:

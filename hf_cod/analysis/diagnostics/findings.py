@@ -52,10 +52,10 @@ def _idle_layers(report: RunReport) -> list[str]:
         return []
     if len(idle) == report.n_layers:
         return [f"No layer turns {precision}, so there is no effective depth."]
-    return [f"{len(idle)} of {report.n_layers} layers do not turn {precision}: {_runs(idle)}."]
+    return [f"{len(idle)} of {report.n_layers} layers do not turn {precision}: {layer_ranges(idle)}."]
 
 
-def _runs(layers: list[int]) -> str:
+def layer_ranges(layers: list[int]) -> str:
     """Layer numbers in ascending order, such as "3 to 6, 9"."""
     starts = [i for i in layers if i - 1 not in layers]
     ends = [i for i in layers if i + 1 not in layers]
@@ -100,5 +100,5 @@ def _layer_drop(report: RunReport) -> str:
 def _helpful(layers: list[int]) -> str:
     """A sentence, after a space, on the layers whose removal improves the model; empty if there are none."""
     if len(layers) > 2:
-        return f" It improves if any single one of {len(layers)} layers is removed: {_runs(layers)}."
+        return f" It improves if any single one of {len(layers)} layers is removed: {layer_ranges(layers)}."
     return f" It improves if layer {' or layer '.join(map(str, layers))} is removed." if layers else ""

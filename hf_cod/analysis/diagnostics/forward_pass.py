@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, Token
 from hf_cod.functional import depth
 from hf_cod.io.deprecation import renamed
@@ -17,66 +19,18 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.direct_use import has_tokens_first
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import (
     NonFiniteError,
     evaluation_mode,
-    hidden_input,
-    hidden_output,
     one_vector,
     progress,
 )
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.streams import states_around
 from hf_cod.layers.task import model_inputs
 
 # With token "all", pair matrices of this number of tokens are in memory at a time, (L + 1)^2 numbers each.
 TOKEN_CHUNK = 64
-
-
-@dataclass(frozen=True)
-class ForwardMeasures:
-    """Measures of every layer and sample; S samples, L layers, all on the CPU.
-
-    Attributes:
-        distances: (S, L + 1, L + 1) float64, angular distance in [0, 1] between the inputs of layers l and m (index L:
-            the output of the last layer). Empty if not requested.
-        influence: (S, L), block influence of each layer. Empty if not requested.
-        outputs: (L + 1, 4), `depth.moments` of the stack's input and of each layer's output, over all samples' tokens.
-        updates: (L, 4), `depth.moments` of each layer's update: its output minus its input.
-        dtype: dtype of the hidden states; the least precise one if there are several.
-        not_run: layers that the model passed over on all of these inputs, such as cross-attention without images. Their
-            output is their input.
-    """
-
-    distances: Tensor
-    influence: Tensor
-    outputs: Tensor
-    updates: Tensor
-    dtype: torch.dtype
-    not_run: tuple[int, ...] = ()
-
-    def angular_distance(self) -> Tensor:
-        """(L, L): mean distance d(x^l, x^(l+n)) at [l, n - 1], NaN where l + n > L."""
-        return depth.by_layer_and_step(self.distances.mean(0))
-
-    def idle_below(self) -> float:
-        """The angular distance that rounding alone can cause; layers with a smaller one have no measurable effect."""
-        return depth.angular_resolution(self.dtype)
-
-    def output_variance(self) -> dict[str, list[float]]:
-        """For each layer's output over all tokens and channels: variance (population), mean, max_abs; and added_share,
-        the variance of the layer's update x^(l+1) - x^l over that of its output x^(l+1).
-
-        Output variance is the quantity of Figure 1 in arXiv 2502.05795.
-        """
-        mean, variance = _mean_and_variance(self.outputs[1:])
-        _, update_variance = _mean_and_variance(self.updates)
-        return {
-            "variance": variance.tolist(),
-            "mean": mean.tolist(),
-            "max_abs": self.outputs[1:, 3].tolist(),
-            "added_share": (update_variance / variance).tolist(),
-        }
 
 
 @renamed(path="layers_path")
@@ -93,8 +47,12 @@ def measure_forward(
 
     Hidden states are read by hooks at the layers, so the last one is the output of the last layer. (In the
     `hidden_states` that transformers returns the last one is the output of the final norm.) If a model has several
-    residual streams (mHC, AltUp), x^l are those of a token as one vector. Tokens that a model adds inside, such as
-    prompts, count like those of the inputs; then padding and token "first" are refused.
+    residual streams (mHC, AltUp, Reformer), x^l are those of a token as one vector. Tokens that a model adds inside,
+    such as prompts, count like inputs; then padding and token "first" are refused. Padding by the model does not count.
+
+    A layer that runs several times in a forward pass (loops over depth) is measured at each run, and its figures are
+    means over its runs. Distances over n layers are within one run through the list, which ends where a layer runs
+    again; NaN where no run has these layers.
 
     Args:
         model: a transformers model, wrapped or not, in any dtype; also offloaded by accelerate.
@@ -106,8 +64,8 @@ def measure_forward(
 
     Raises:
         NonFiniteError: NaN or infinite activations (says in which layer first).
-        ValueError: no layers found; a model without weights; one that runs a layer several times, or whose layers
-            return something else than their hidden state.
+        ValueError: no layers found; a model without weights; one whose layers return something else than their hidden
+            state.
     """
     if token not in ("last", "first", "all"):
         raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
@@ -137,11 +95,12 @@ class ForwardRecorder:
         self.stack, self.metrics, self.token = stack, metrics, token
         self._distances: list[Tensor] = []
         self._influence: list[Tensor] = []
-        self._outputs = torch.zeros(len(stack) + 1, 4, dtype=torch.float64)
-        self._updates = torch.zeros(len(stack), 4, dtype=torch.float64)
+        # One for each run.
+        self._outputs = [torch.zeros(len(stack) + 1, 4, dtype=torch.float64)]
+        self._updates = [torch.zeros(len(stack), 4, dtype=torch.float64)]
         self._dtype = torch.float32
         self._mask: Tensor | None = None
-        self._ran: set[int] = set()
+        self._runs: Counter[int] = Counter()
         self.start(None, 0)
 
     @contextmanager
@@ -165,33 +124,40 @@ class ForwardRecorder:
         self._square = has_tokens_first(self.stack, samples, tokens)
         # For a mask without padding a gather is avoided.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
-        # By number of the state, or of the layer.
-        self._called: set[int] = set()
+        self._called: set[int] = set()  # in this run through the list
         self._states: dict[int, Tensor] = {}
+        # Of each run that has ended: its layers, and the distances between its states.
+        self._ended: list[tuple[set[int], Tensor]] = []
+        # By number of the layer, or of the state; for each of its runs.
+        self._calls: Counter[int] = Counter()
         self._batch_influence: dict[int, Tensor] = {}
-        self._batch_outputs: dict[int, Tensor] = {}
-        self._batch_updates: dict[int, Tensor] = {}
+        self._batch_outputs: list[dict[int, Tensor]] = []
+        self._batch_updates: list[dict[int, Tensor]] = []
 
     def finish(self, number: int) -> None:
         """Ends a batch: checks it and adds it to the sums."""
         L = len(self.stack)
-        if not self._batch_outputs:
+        if not self._calls:
             raise ValueError(
                 f"batches: expected inputs on which the layers of {self.stack.layers_path} run, got others as batch "
                 f"{number}, or a model that runs them without calling them"
             )
-        outputs = _rows_on_cpu(depth.carried(self._batch_outputs, L + 1))
-        updates = _rows_on_cpu(depth.completed(self._batch_updates, L, counted=True))
-        self._check_finite(outputs, number)
+        self._end_run()
+        outputs = [_rows_on_cpu(depth.carried(self._batch_outputs[0], L + 1))]
+        updates = [_rows_on_cpu(depth.completed(first, L, counted=True)) for first in self._batch_updates[:1]]
+        outputs += [_rows_of_runs(found, L + 1) for found in self._batch_outputs[1:]]
+        updates += [_rows_of_runs(found, L) for found in self._batch_updates[1:]]
+        for rows in outputs:
+            self._check_finite(rows, number)
         if "output_variance" in self.metrics:
             self._outputs = _merge(self._outputs, outputs)
             self._updates = _merge(self._updates, updates)
         if "block_influence" in self.metrics:
-            self._influence.append(torch.stack([row.cpu() for row in depth.completed(self._batch_influence, L)], -1))
+            means = {index: total / self._calls[index] for index, total in self._batch_influence.items()}
+            self._influence.append(torch.stack([row.cpu() for row in depth.completed(means, L)], -1))
         if "angular_distance" in self.metrics:
-            found = depth.carried(self._states, L + 1)
-            states = torch.stack([x.to(found[0].device) for x in found], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
-            self._distances.append(self._pair_distances(states).cpu())
+            self._distances.append(depth.over_runs(self._ended, L))
+        self._runs |= self._calls  # the larger number of each
         self.start(None, 0)
 
     def measures(self) -> ForwardMeasures:
@@ -200,37 +166,63 @@ class ForwardRecorder:
         return ForwardMeasures(
             torch.cat(self._distances) if self._distances else torch.empty(0, L + 1, L + 1, dtype=torch.float64),
             torch.cat(self._influence) if self._influence else torch.empty(0, L),
-            self._outputs,
-            self._updates,
+            torch.stack(self._outputs),
+            torch.stack(self._updates),
             self._dtype,
-            tuple(index for index in range(L) if index not in self._ran),
+            tuple(index for index in range(L) if index not in self._runs),
+            tuple(self._runs[index] for index in range(L)),
         )
 
     def _hook_of(self, index: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            check_first_call(self.stack, index, self._called)
+            if index in self._called:
+                self._end_run()
             x, y = (
                 one_vector(state.detach(), self._samples, self._tokens, self._square)
-                for state in (hidden_input(args, kwargs), hidden_output(output))
+                for state in states_around(module, args, kwargs, output)
             )
             if x.dim() != 3 or len(x) != self._samples:
                 raise ValueError(
                     f"model: expected hidden states (samples, tokens, width) of {self._samples} samples, "
                     f"got {tuple(x.shape)}"
                 )
-            if not self._batch_outputs:
+            run = self._calls[index]
+            if not self._calls:
+                self._find_padding(x, kwargs)
                 self._check_tokens(x)
-                self._keep(x, index)
-            self._keep(y, index + 1)
-            self._ran.add(index)
+            if not self._called:
+                self._keep_state(x, index)
+                if index == 0 or not self._calls:
+                    self._count(x, index, run)
+            self._keep_state(y, index + 1)
+            self._count(y, index + 1, run)
+            self._called.add(index)
+            self._calls[index] += 1
             if "block_influence" in self.metrics:
-                self._batch_influence[index] = depth.block_influence(x, y, self._mask_on(x))
+                influence = depth.block_influence(x, y, self._mask_on(x))
+                self._batch_influence[index] = self._batch_influence[index] + influence if run else influence
             if "output_variance" in self.metrics:
                 # At least float32, because the small update of a deep layer is lost in bfloat16.
                 update = y.float() - x.float()
-                self._batch_updates[index] = depth.moments(update, self._mask_on(x))
+                _of_run(self._batch_updates, run)[index] = depth.moments(update, self._mask_on(x))
 
         return read
+
+    def _end_run(self) -> None:
+        """Ends a run through the list of layers; of its states their distances are kept."""
+        if "angular_distance" in self.metrics:
+            found = depth.carried(self._states, len(self.stack) + 1)
+            states = torch.stack([x.to(found[0].device) for x in found], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
+            self._ended.append((self._called, self._pair_distances(states).cpu()))
+        self._called, self._states = set(), {}
+
+    def _find_padding(self, x: Tensor, kwargs: dict[str, Any]) -> None:
+        """Takes the mask of the layers in place of that of the inputs, where the model itself pads its inputs."""
+        mask = kwargs.get("attention_mask")
+        if self._tokens in (None, x.shape[1]) or not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
+            return
+        if int(mask.bool().sum(-1).max()) <= self._tokens:
+            self._mask, self._tokens = mask.bool(), x.shape[1]
 
     def _check_tokens(self, x: Tensor) -> None:
         """Checks that padding and the first token can be told where the model adds or drops tokens inside."""
@@ -243,14 +235,17 @@ class ForwardRecorder:
             "without padding and token 'last' or 'all'"
         )
 
-    def _keep(self, x: Tensor, state: int) -> None:
+    def _keep_state(self, x: Tensor, state: int) -> None:
         self._dtype = max(self._dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         if "angular_distance" in self.metrics:
             self._states[state] = x if self.token == "all" else self._at_token(x)
+
+    def _count(self, x: Tensor, state: int, run: int) -> None:
+        rows = _of_run(self._batch_outputs, run)
         if "output_variance" in self.metrics:
-            self._batch_outputs[state] = depth.moments(x, self._mask_on(x))
+            rows[state] = depth.moments(x, self._mask_on(x))
         else:  # a sum is enough to detect NaN and infinity
-            self._batch_outputs[state] = torch.stack([depth.wide(x.sum(dtype=torch.float32))] * 4)
+            rows[state] = torch.stack([depth.wide(x.sum(dtype=torch.float32))] * 4)
 
     def _mask_on(self, x: Tensor) -> Tensor | None:
         if self._mask is not None and self._mask.shape != x.shape[:2]:
@@ -286,11 +281,20 @@ def _rows_on_cpu(rows: list[Tensor]) -> Tensor:
     return torch.stack([row.cpu().double() for row in rows]) if rows else torch.empty(0, 4, dtype=torch.float64)
 
 
-def _merge(total: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([total[:, :3] + new[:, :3], torch.maximum(total[:, 3:], new[:, 3:])], -1)
+def _rows_of_runs(found: dict[int, Tensor], count: int) -> Tensor:
+    """The rows of a later run, which are zero for the layers that do not have it."""
+    rows = torch.zeros(count, 4, dtype=torch.float64)
+    for index, row in found.items():
+        rows[index] = row.cpu()
+    return rows
 
 
-def _mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
-    count, total, squares, _ = sums.unbind(-1)
-    mean = total / count
-    return mean, (squares / count - mean.square()).clamp(min=0)
+def _of_run(runs: list[dict[int, Tensor]], run: int) -> dict[int, Tensor]:
+    runs.extend({} for _ in range(run + 1 - len(runs)))
+    return runs[run]
+
+
+def _merge(totals: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Adds the rows of a batch; batches may differ in the number of runs."""
+    pairs = zip_longest(totals, new, fillvalue=torch.zeros(1, 4, dtype=torch.float64))
+    return [torch.cat([a[:, :3] + b[:, :3], torch.maximum(a[:, 3:], b[:, 3:])], -1) for a, b in pairs]

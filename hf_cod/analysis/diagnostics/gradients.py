@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_cod.analysis.diagnostics.forward_pass import ForwardRecorder
 from hf_cod.analysis.evaluation.likelihood import negative_log_likelihood
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored
-from hf_cod.layers.partial_forward import check_finite, layer_states
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, targets, task_of
@@ -84,9 +84,7 @@ def gradient_norms(
                 mean_loss(stack.model, batch, task).backward()
             norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
             if not norms.isfinite().all():
-                with torch.no_grad(), layer_states(stack) as states:
-                    stack.model(**model_inputs(batch))
-                check_finite(states, number)
+                _check_activations(stack, batch, number)
                 layer = int((~norms.isfinite()).nonzero()[-1])  # the first one in the backward pass
                 raise ValueError(
                     f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
@@ -94,6 +92,15 @@ def gradient_norms(
             yield norms
     if not measured:
         raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
+
+
+def _check_activations(stack: DecoderLayers, batch: Batch, number: int) -> None:
+    """Names the layer in which activations are not finite first, if there is one."""
+    recorder = ForwardRecorder(stack, [], "last")
+    with torch.no_grad(), recorder.attached():
+        recorder.start(None, len(next(iter(batch.values()))))
+        stack.model(**model_inputs(batch))
+        recorder.finish(number)
 
 
 def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:

@@ -18,7 +18,7 @@ _LAYERS = {
         "added_share": limits(least=0),
     },
 }
-_RESULTS = ("angular_distance", "idle_below", "effective_depth", "late_share", "intervals")
+_RESULTS = ("angular_distance", "idle_below", "effective_depth", "late_share", "intervals", "not_run", "runs")
 
 
 class ForwardResults(TypedDict):
@@ -51,6 +51,9 @@ def check_forward(value: Any, metrics: Sequence[str], layers: int) -> None:
     unknown = [name for name in results if name not in _RESULTS]
     if unknown:
         raise ValueError(f"results: expected {', '.join(_RESULTS)}, got {unknown[0]}")
+    check_value(results.get("not_run", []), list[int], "not_run", limits(least=0, most=layers - 1))
+    if "runs" in results:
+        _check_length(check_value(results["runs"], list[int], "runs", limits(least=0)), "runs", layers)
     if "angular_distance" in metrics:
         rows = check_value(results.get("angular_distance"), list[Any], "angular_distance")
         _check_length(rows, "angular_distance", layers)

@@ -17,9 +17,9 @@ from hf_cod.io.display import one_line
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent
+from hf_cod.layers.independence import check_independent, runs_several_times
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.partial_forward import State, check_finite, layer_states, running_only
+from hf_cod.layers.partial_forward import State, check_finite, layer_states, passed_over, returned_beside, running_only
 from hf_cod.layers.removal.drop import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -43,6 +43,9 @@ def measure_layer_drop(
     then starts from this state at layer l + 1. So L removals cost about L (L - 1) / 2 layers instead of L (L - 1), plus
     the head. The result is exact, since the layers before do not change.
 
+    A layer that runs several times in a forward pass is removed from each of its runs. Then the whole model runs for
+    each removal.
+
     Args:
         model: a transformers model, wrapped or not.
         batches: dicts for the model's forward.
@@ -55,12 +58,14 @@ def measure_layer_drop(
         P_intact, and P_without_layer_l for each layer.
 
     Raises:
-        ValueError: the metric failed; says for which batch and layer. The journal keeps earlier results.
+        ValueError: the metric failed; says for which batch and layer. The journal keeps earlier results. Layers that
+            depend on earlier ones by more than what the layer before returns.
     """
     stack = find_decoder_layers(model, layers_path)
     check_inputs(stack.model, batches)
     check_independent(stack, "layer_drop", batches)
     journal = Journal(None, "") if journal is None else journal
+    measure = _measure_loops if runs_several_times(stack, batches) else _measure_batch
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
     with torch.no_grad(), evaluation_mode(stack), bar:
@@ -69,7 +74,7 @@ def measure_layer_drop(
             if all([journal.is_sound(_key(number, layer), sound) for layer in range(-1, len(stack))]):
                 bar.update(len(stack) + 1)
             else:
-                _measure_batch(stack, number, to_device(batch, device), metric, journal, bar)
+                measure(stack, number, to_device(batch, device), metric, journal, bar)
     values = [_value(journal, metric, len(batches), layer) for layer in range(-1, len(stack))]
     return values[0], values[1:]
 
@@ -89,6 +94,22 @@ def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metr
                 outputs, read = run_for_metric(stack, metric, batch)
             _record(journal, metric, number, layer, outputs, read, reference)
         states[layer] = None
+        bar.update()
+
+
+def _measure_loops(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
+    """The same for layers that run several times: there is no state to start from."""
+    with returned_beside(stack) as rests:
+        intact, read = run_for_metric(stack, metric, batch)
+    _record(journal, metric, number, -1, intact, read, intact)
+    reference = intact if metric.compares else None
+    del intact
+    bar.update()
+    for layer in range(len(stack)):
+        if _key(number, layer) not in journal:
+            with passed_over(stack, layer, rests.get(layer)):
+                outputs, read = run_for_metric(stack, metric, batch)
+            _record(journal, metric, number, layer, outputs, read, reference)
         bar.update()
 
 

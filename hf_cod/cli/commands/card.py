@@ -22,7 +22,7 @@ def make_parser() -> SettingsParser:
         [CardSettings],
         prog="hf-cod card",
         description="Writes the model card (README.md) into an output directory of prune, factorize, narrow, "
-        "drop-layers, pack, quantize, fit, heal, finetune or convert. With the directory of a "
+        "drop-layers, repeat-layers, pack, quantize, fit, heal, finetune or convert. With the directory of a "
         "training by examples/pretrain.py, writes into OUTPUT a copy of the model in bfloat16, the code that loads "
         "it, and a card with figures and plots.",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.cli.output import say_written
+from hf_cod.cli.output import save_page, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
 
@@ -23,7 +23,8 @@ def make_parser() -> SettingsParser:
     parser.add_argument(
         "--output",
         default="hf-cod-compare",
-        help="directory for compare.md and compare.png (or pdf, svg, see --plot-format); default: hf-cod-compare",
+        help="directory for compare.md, compare.html and compare.png (or pdf, svg, see --plot-format); default: "
+        "hf-cod-compare",
     )
     return parser
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         if picture is not None:
             comparison.plot(output.results, pictures.plot_format)
         write_text(output.results / "compare.md", comparison.to_markdown(picture))
+        save_page(comparison, output.results, "compare.html")
         output.finish()
     print_comparison(comparison)
     say_written(directory)
@@ -55,10 +57,11 @@ def _check_reused(directory: Path) -> None:
     from hf_cod.io.output_checks import check_pages, check_readable
     from hf_cod.io.reading import read_text
     from hf_cod.io.schema import brief
+    from hf_cod.reporting.html.page import check_page as check_html
 
     def check_page(path: Path) -> None:
         if not (text := read_text(path, "compare")).startswith("# compare: "):
             raise ValueError(f"compare: expected a page of hf-cod compare, got {brief(text)}")
 
     check_pages(directory, "compare.md", "compare.md", ("compare",))
-    check_readable(directory, {"compare.md": check_page})
+    check_readable(directory, {"compare.md": check_page, "compare.html": check_html})

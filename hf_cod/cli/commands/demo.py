@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
-from hf_cod.cli.output import require_plots, save_report, say_written
+from hf_cod.cli.output import require_plots, save_page, save_report, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -75,6 +75,7 @@ def _pair(directory: OutputDirectory, pictures: PlotSettings) -> int:
     if picture is not None:
         comparison.plot(directory.results, pictures.plot_format)
     write_text(directory.results / "compare.md", comparison.to_markdown(picture))
+    save_page(comparison, directory.results, "compare.html")
     print_comparison(comparison)
     say("\nWhat this shows:")
     for line in explain(reports):
@@ -82,7 +83,7 @@ def _pair(directory: OutputDirectory, pictures: PlotSettings) -> int:
     quantized = _quantized(directory.path / "quantized", pictures)
     directory.finish()
     plots = [] if picture is None else [picture, *([f"quantized/overview.{pictures.plot_format}"] * quantized)]
-    say_written(directory.path, f"; see {' and '.join(plots)}" if plots else "")
+    say_written(directory.path, f"; see {' and '.join([*plots, 'compare.html'])}")
     return 0
 
 
@@ -98,6 +99,7 @@ def _diagnosed(placement: str, output: OutputDirectory, pictures: PlotSettings) 
     settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
     report, status = run(model, tokenizer, texts, settings, output.path / placement, placement, loading, text)
     save_report(report, output.results / placement, pictures)
+    save_page(report, output.results / placement)
     return report, status
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import METRICS, DiagnoseSettings
-from hf_cod.cli.output import require_plots, save_report, say_written
+from hf_cod.cli.output import require_plots, save_page, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import one_line
@@ -26,7 +26,9 @@ class OutputSettings(PlotSettings):
 
     output: str | None = field(
         default=None,
-        metadata={"help": "directory for report.json, report.md and plots; default: hf-cod-diagnose-MODEL"},
+        metadata={
+            "help": "directory for report.json, report.md, report.html and plots; default: hf-cod-diagnose-MODEL"
+        },
     )
 
 
@@ -65,9 +67,11 @@ def _check_reused(directory: Path) -> None:
     """Checks that files with the names of our results are ours."""
     from hf_cod.io.journal import check_journal
     from hf_cod.io.output_checks import REPORT, check_reused
-    from hf_cod.io.report import RunReport
+    from hf_cod.io.report import PAGE, RunReport
+    from hf_cod.reporting.html.page import check_page
 
-    check_reused(directory, {REPORT: RunReport.load, "journal.jsonl": check_journal}, ("overview", *METRICS))
+    ours = {REPORT: RunReport.load, PAGE: check_page, "journal.jsonl": check_journal}
+    check_reused(directory, ours, ("overview", *METRICS))
 
 
 def run(
@@ -98,10 +102,11 @@ def run(
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Plots, saves and prints a report."""
+    """Plots, saves and prints a report, with its page."""
     from hf_cod.cli.terminal import print_report
 
     save_report(report, output.results, pictures)
+    save_page(report, output.results)
     output.finish()
     print_report(report)
     say_written(output.path)

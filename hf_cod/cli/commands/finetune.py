@@ -83,7 +83,7 @@ def run(
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.runs.memory import training_memory
-    from hf_cod.training.runs.methods import METHODS
+    from hf_cod.training.runs.methods import METHODS, adapter_notes
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, train
     from hf_cod.training.runs.training_data import training_data
@@ -97,8 +97,8 @@ def run(
     claim(output.path, {"steps": settings.total_steps})
     before = held_out_perplexity(model, progress(data.held_out, "perplexity", show=True))
     scores = scores_to_draw_by(model, data.windows, settings, scores_file, output.path)
-    chosen = METHODS[settings.method]
-    trained: Any
+    chosen: Any = METHODS[settings.method]
+    adapted = adapter_notes(settings.method, find_decoder_layers(model), sampling)
     trained, optimizer = chosen.setup(model, scores, sampling, settings.rate, settings.lora_rank)
     needed = _expected(model, settings, sampling, loading)
     training = train(trained, optimizer, data.windows, settings, sampling.seed, output.path)
@@ -114,7 +114,7 @@ def run(
         **({} if lost is None else {"lost_energy": lost}),
     }
     report = _report(merged, training, told, scores, figures, model_title(source))
-    return with_inputs(replace(report, notes=[*data.notes, *report.notes, *notes]), loading, text)
+    return with_inputs(replace(report, notes=[*data.notes, *report.notes, *adapted, *notes]), loading, text)
 
 
 def _loaded(

@@ -189,7 +189,12 @@ class Prune(Step):
             chosen["target"] = self.settings.budget
         if self.settings.method in PRUNERS:  # SparseGPT is expensive to evaluate; Wanda is used for the score instead
             chosen["pruner"] = self.settings.method
-        scores = work.score(str(self.settings.score), **chosen)
+        try:
+            scores = work.score(str(self.settings.score), **chosen)
+        except ValueError as error:
+            if not isinstance(self.settings.score, DefaultName) or not str(error).startswith("model: "):
+                raise
+            raise ValueError(f"{error}; --score uniform requires no measurement of layers") from error
         return self.settings.allocate(scores, self._weights(work.stack) if given_names(self.settings) else None)
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:

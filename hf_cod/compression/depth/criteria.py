@@ -12,7 +12,8 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_forward
+from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
+from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric, check_loss
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
@@ -31,6 +32,7 @@ from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_calls import check_runs
 from hf_cod.layers.removal.drop import check_drop
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -107,6 +109,7 @@ def plan_depth(
     check_inputs(stack.model, batches)
     check_independent(stack, "layers", batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
+    check_runs(stack, forward.runs)
     protected = _protected(stack, how.protect, forward)
     journals = Journals(journal, stack.model, batches)
     free = removable(stack, n_removed, protected)

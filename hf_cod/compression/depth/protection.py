@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures
+from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
 from hf_cod.compression.depth.depth_plan import check_count
 from hf_cod.layers.removal.drop import skip
 from hf_cod.layers.stack import DecoderLayers
@@ -27,7 +27,7 @@ def massive_layers(measures: ForwardMeasures) -> list[int]:
     Args:
         measures: of `measure_forward`, with "output_variance" among its metrics.
     """
-    largest = measures.outputs[:, 3]
+    largest = measures.outputs[..., 3].amax(0)
     return [i for i in range(len(largest) - 1) if float(largest[i + 1]) >= JUMP * float(largest[i])]
 
 

@@ -1,9 +1,10 @@
-"""Settings of `plan_depth` and `drop_layers`."""
+"""Settings of `plan_depth` and `drop_layers`, and of `plan_repeat`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import SampleFields, check_choice, check_least
@@ -85,3 +86,39 @@ class DropLayersSettings:
 
 class DropLayersFields(SampleFields, total=False):
     """Fields of `DropLayersSettings`, and of samples, that `drop_layers` takes by name."""
+
+
+@checked
+@dataclass
+class RepeatSettings:
+    """Which blocks of layers are tried, and by what they are judged."""
+
+    length: int | list[int] = field(
+        default=4, metadata={"help": "number of layers of a block that the search tries, or several numbers"}
+    )
+    times: int = field(default=2, metadata={"help": "how often the block runs"})
+    metric: Any = field(
+        default=None,
+        metadata={
+            "help": "by what blocks are judged: perplexity, accuracy (share of correct predictions), loss (of a head), "
+            "or a function of outputs and batch that returns one score per sample; default: that of the model's task"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_least(self, times=2)
+        wrong = [length for length in self.lengths if length < 1]
+        if wrong or not self.lengths:
+            raise ValueError(f"length: expected at least 1, got {wrong[0] if wrong else 'none'}")
+
+    @property
+    def lengths(self) -> list[int]:
+        """The numbers of layers of a block."""
+        return [self.length] if isinstance(self.length, int) else [*self.length]
+
+
+class RepeatFields(SampleFields, total=False):
+    """Fields of `RepeatSettings`, and of samples, that `plan_repeat` takes by name."""
+
+    times: int
+    metric: Any

@@ -1,1 +1,1 @@
-"""Removal of layers: `skip` for a while and `drop` for good, with all that depends on their number or their index."""
+"""Other layers in a stack, with all that depends on their number or an index: removed (`skip`, `drop`), or repeated."""

@@ -37,11 +37,20 @@ def mixtures_of(stack: DecoderLayers) -> dict[str, ExpertSet]:
     """Name -> experts, of all experts among which a router chooses, in the order of the layers.
 
     Raises:
-        ValueError: there are none, or not equally many everywhere.
+        ValueError: there are none, or not equally many everywhere; some have no weights; no config counts the layers.
     """
     sets = [experts for index in range(len(stack)) for experts in stack.expert_sets(index) if not experts.shared]
     if not sets:
         raise ValueError(f"model: expected a mixture of experts, got {name_of(stack)}, whose layers have no experts")
+    if stack.config is None:
+        raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none")
+    for experts in sets:
+        counts = sorted({matrix.experts for matrix in experts.matrices})
+        if len(counts) > 1:
+            raise ValueError(
+                f"model: expected experts that all have weights, got {counts[-1]} in {experts.name}, {counts[0]} of "
+                "which have all matrices"
+            )
     odd = next((experts for experts in sets if experts.count != sets[0].count), None)
     if odd is not None:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Config fields that name layers whose hidden states the model hands on: stages of a backbone, features for a text.
 
 When such a layer is removed, the state after the kept layer before it takes its place, as if the removed one had
-returned its input.
+returned its input. When it runs several times, the state after the last time takes its place.
 """
 
 from __future__ import annotations
@@ -44,15 +44,20 @@ def mend_features(config: Any, depth: int, kept: list[int], changes: Changes) ->
     for name in FEATURE_FIELDS:
         found = []
         for state in _listed(config, name):
-            left = sum(old < state % (depth + 1) for old in kept)
+            left = _left_of(kept, state % (depth + 1))
             found.append(left if state >= 0 else left - len(kept) - 1)
         _mend(config, name, found, changes)
 
 
 def _mend_layers(config: Any, kept: list[int], changes: Changes) -> None:
     for name in LAYER_FIELDS:
-        found = [layer if layer < 0 else sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)]
+        found = [layer if layer < 0 else _left_of(kept, layer + 1) - 1 for layer in _listed(config, name)]
         _mend(config, name, found, changes)
+
+
+def _left_of(kept: list[int], count: int) -> int:
+    """The number of layers up to the last one of the first `count` layers of before."""
+    return max((new + 1 for new, old in enumerate(kept) if old < count), default=0)
 
 
 def _listed(config: Any, name: str) -> list[int]:
@@ -75,11 +80,12 @@ def _mend_stages(config: Any, depth: int, kept: list[int], changes: Changes) -> 
     names, handed = vars(config).get("stage_names"), vars(config).get("_out_indices")
     if not names or len(names) != depth + 1:
         return
-    left = [*names[: len(kept) + 1]]
+    more = [f"stage{number}" for number in range(len(names), len(kept) + 1)]
+    left = [*names[: len(kept) + 1], *more]
     changes.set(config, "stage_names", left)
     if handed is None:
         return
-    found = [sum(old < stage % len(names) for old in kept) for stage in handed]
+    found = [_left_of(kept, stage % len(names)) for stage in handed]
     if len({*found}) < len(found):
         raise ValueError(f"layers: expected one kept layer for each stage of out_indices, got {handed}; use skip")
     changes.set(config, "_out_indices", found)

@@ -2,7 +2,8 @@
 
 The mark of a layer is a vector of its own. Before layers are removed, those to be removed add nothing, as if they
 returned their input. In the shorter model each kept layer has to get the same inputs, and the model has to return the
-same. Otherwise the model does something to a layer by its index: it adds features after it (Qwen3-VL), hands on its
+same. Layers that are to run several times add nothing either, so that each time gets the same. Otherwise the model does
+something to a layer by its index: it adds features after it (Qwen3-VL), hands on its
 state (CLIPSeg), merges tokens there (MiniCPM-V), or has a block for it in a table.
 """
 
@@ -59,7 +60,7 @@ class MarkedRuns:
 
     Attributes:
         stack: the layers; all of them when this is made, the kept ones when `check` is called.
-        kept: the old indices of the layers that will be left.
+        kept: the old indices of the layers that will be left; of a layer that runs several times, as often.
         watched: names of modules whose output channels are recorded.
     """
 
@@ -80,7 +81,7 @@ class MarkedRuns:
         images = image_inputs(self.stack.model)
         if images is not None:
             self._probes.append(probe_inputs(self.stack.model, images, device))
-        marks = [index if index in self.kept else None for index in range(len(self.stack))]
+        marks = [self._mark(index) for index in range(len(self.stack))]
         why = ""
         for probe in self._probes:
             try:
@@ -95,6 +96,10 @@ class MarkedRuns:
                 type(self.stack.model).__name__,
                 why,
             )
+
+    def _mark(self, layer: int) -> int | None:
+        """The mark of a layer; none if it is removed or runs several times."""
+        return layer if self.kept.count(layer) == 1 else None
 
     @property
     def possible(self) -> bool:
@@ -116,7 +121,7 @@ class MarkedRuns:
         for probe, before in zip(self._probes, self._before, strict=True):
             if before is not None:
                 try:
-                    found = _difference(before, self._run(*probe, self.kept), self.kept)
+                    found = _difference(before, self._run(*probe, [*map(self._mark, self.kept)]), self.kept)
                 except Exception as error:  # whatever the forward of a model raises
                     found = f"{type(error).__name__}: {one_line(str(error))[:150]}"
                 if found is not None:
@@ -137,9 +142,11 @@ class MarkedRuns:
                 f"order, or with another use ({reason})"
             )
         if reason is not None:
+            fewer = len({*self.kept}) == len(self.kept)
+            how, way = ("without the removed layers", "remove") if fewer else ("with the repeated layers", "repeat")
             raise ValueError(
-                f"layers: expected layers that {type(self.stack.model).__name__} treats alike, got others: without "
-                f"the removed layers it does by index what belongs to other ones ({reason}); remove other layers"
+                f"layers: expected layers that {type(self.stack.model).__name__} treats alike, got others: "
+                f"{how} it does by index what belongs to other ones ({reason}); {way} other layers"
             )
 
     @torch.no_grad()

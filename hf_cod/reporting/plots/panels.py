@@ -248,6 +248,7 @@ PANELS: dict[str, Callable[..., None]] = {
     ),
     "bits": _bits,
     "removed": _removed,
+    "runs": _per_layer("runs", "How often each layer runs", "runs"),
     "removed_token_share": _per_layer(
         "removed_token_share", "Share of the tokens' routes that lead to removed experts", "share of routes"
     ),

@@ -17,6 +17,7 @@ from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.harm import harm_of_training
 from hf_cod.training.runs.memory import training_memory
+from hf_cod.training.runs.methods import adapter_notes
 from hf_cod.training.runs.trainer import Training
 
 
@@ -74,6 +75,7 @@ def healing_report(
         summary=summary,
         notes=[
             *choose_modules(stack, sampling).notes("trained"),
+            *adapter_notes(settings.method, stack, sampling),
             *harm_of_training(found["before"], found["after"], settings.rate),
             *([] if matching is None else [f"hidden states: layers matched {matching.how}"]),
         ],

@@ -29,7 +29,7 @@ from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.healing.healed import healing_report
-from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
+from hf_cod.training.healing.masked_adapters import adapted_weight, lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.objective import Objective
 from hf_cod.training.healing.pair import check_pair, check_tokenizers
 from hf_cod.training.healing.settings import HealFields, HealSettings
@@ -265,7 +265,7 @@ def _mask(student: nn.Module, zeros: Sequence[Tensor]) -> list[Any]:
     with_zeros = {id(p) for p in zeros}
     if not with_zeros:
         return []
-    found = [adapter for adapter in lora_layers(student) if id(adapter.get_base_layer().weight) in with_zeros]
+    found = [adapter for adapter in lora_layers(student) if id(adapted_weight(adapter)) in with_zeros]
     for adapter in found:
         mask_forward(adapter)
     return found

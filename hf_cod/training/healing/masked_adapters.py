@@ -24,19 +24,27 @@ def lora_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
+def adapted_weight(adapter: Any) -> nn.Parameter:
+    """The weight that a LoRA layer is added to: of its Linear, or a parameter of a bank of experts."""
+    weight: nn.Parameter = getattr(adapter.get_base_layer(), _key(adapter))
+    return weight
+
+
 def mask_forward(adapter: Any) -> None:
     """Replaces a LoRA layer's forward pass by the formula at the top of this file."""
-    base = adapter.get_base_layer()
+    inner, name = adapter.base_layer, _key(adapter)
+    while inner is not adapter.get_base_layer():  # adapters of several parameters of one bank are nested
+        inner, name = inner.base_layer, f"base_layer.{name}"
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.func.functional_call(base, {"weight": masked_sum(adapter)}, (x, *args), kwargs)
+        return torch.func.functional_call(adapter.base_layer, {name: masked_sum(adapter)}, (x, *args), kwargs)
 
     adapter.forward = forward
 
 
 def masked_sum(adapter: Any) -> Tensor:
     """W + m * (alpha / r) B A, in the dtype and layout of W."""
-    W = adapter.get_base_layer().weight
+    W = adapted_weight(adapter)
     delta = adapter.get_delta_weight(ADAPTER)
     return torch.where(W != 0, W.to(delta.dtype) + delta, 0).to(W.dtype)
 
@@ -44,4 +52,8 @@ def masked_sum(adapter: Any) -> Tensor:
 @torch.no_grad()
 def merge_masked(adapter: Any) -> None:
     """Writes the masked sum into W."""
-    adapter.get_base_layer().weight.copy_(masked_sum(adapter))
+    adapted_weight(adapter).copy_(masked_sum(adapter))
+
+
+def _key(adapter: Any) -> str:
+    return str(getattr(adapter, "parameter_name", "weight"))

@@ -17,7 +17,7 @@ from hf_cod.io.text import IGNORED_LABEL, Batches, Texts, Tokenizer
 from hf_cod.layers.batches import batches_of, check_needed, required
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.direct_use import check_unwritten, not_adaptable
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread, gradients_restored, modes_restored
 from hf_cod.layers.running import progress
@@ -25,6 +25,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
+from hf_cod.training.runs.adapter_targets import adapter_targets
 from hf_cod.training.runs.new_adapters import require_peft, with_adapters
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
@@ -118,15 +119,14 @@ def recover(
 
 @contextmanager
 def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
-    """Adds PEFT's LoRA layers with a masked forward pass to all Linears of the layers; removes them after the block."""
+    """Adds PEFT's LoRA layers, with a masked forward pass, to the layers' matrices; removes them after the block."""
     require_peft("recover")
     from peft import LoraConfig
 
     model: Any = stack.model
-    excluded = not_adaptable(stack)
-    names = [name for index in range(len(stack)) for name in stack.linears(index) if name not in excluded]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, **adapter_targets(stack).for_lora())
     with modes_restored(model), gradients_restored(model.parameters()):
-        wrapped = with_adapters(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), seed)
+        wrapped = with_adapters(model, config, seed)
         try:
             adapters = lora_layers(model)
             for adapter in adapters:

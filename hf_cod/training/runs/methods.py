@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from hf_cod.io.module_names import FIELDS
-from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.input_gradients import require_input_gradients
 from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -21,6 +20,7 @@ from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.owlore.trained_increments import check_beside_adapters
 from hf_cod.training.owlore.trainer_arguments import owlore
+from hf_cod.training.runs.adapter_targets import adapter_targets
 from hf_cod.training.runs.new_adapters import require_peft, with_adapters
 from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, FIXED, LEARNING_RATES
 
@@ -57,26 +57,13 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     from peft import LoraConfig
 
     stack = choose_modules(find_decoder_layers(model), settings).stack
-    # Full names, because a factorized layer has other modules than a dense one.
-    names = _adaptable(stack)
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains in full
-    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
+    config = LoraConfig(
+        r=lora_rank, lora_alpha=2 * lora_rank, **adapter_targets(stack).for_lora(), modules_to_save=heads
+    )
     keep_unpacked(model)
     require_input_gradients(stack)
     return with_adapters(model, config, settings.seed), None
-
-
-def _adaptable(stack: DecoderLayers) -> list[str]:
-    """The matrices that get adapters.
-
-    Raises:
-        ValueError: none is left.
-    """
-    reasons = not_adaptable(stack)
-    names = [name for index in range(len(stack)) for name in stack.linears(index) if name not in reasons]
-    if not names:
-        raise ValueError("include: expected matrices that adapters can be added to, got none of them")
-    return names
 
 
 def _galore(
@@ -110,7 +97,7 @@ def _owlore_peft(
         raise ValueError(_NO_RANK)
     choice = choose_modules(find_decoder_layers(model), settings)
     heads = list(choice.stack.task_heads) or None  # a classifier may be new: it trains in full
-    targets = _adaptable(choice.stack) if choice.given else None
+    targets = [*adapter_targets(choice.stack, lora=False).modules] if choice.given else None
     config = OwLoreConfig(r=settings.rank, target_modules=targets, modules_to_save=heads)
     wrapped = with_adapters(model, config, settings.seed)
     others = {key: value for key, value in asdict(settings).items() if key not in ("rank", *FIELDS)}
@@ -145,6 +132,19 @@ METHODS: dict[str, Method] = {
         ("full", _full, False),
     )
 }
+
+
+def adapter_notes(method: str, stack: DecoderLayers, settings: OwLoreSettings) -> list[str]:
+    """Sentences for a report on the matrices with and without adapters; none for methods without adapters.
+
+    Args:
+        method: a name of `METHODS`.
+        stack: the layers, before or after the training.
+        settings: `include` and `exclude`.
+    """
+    if not METHODS[method].adapters:
+        return []
+    return adapter_targets(choose_modules(stack, settings).stack, lora=method == "lora").notes()
 
 
 def make_optimizer(trained: nn.Module, how: Any, lr: float) -> torch.optim.Optimizer:

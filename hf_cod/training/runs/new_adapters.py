@@ -30,6 +30,7 @@ def with_adapters(model: nn.Module, config: Any, seed: int) -> Any:
         torch.manual_seed(seed)
         wrapped: Any = get_peft_model(model, config)
     for used in wrapped.peft_config.values():
-        if isinstance(used.target_modules, set):  # whose order differs from process to process
-            used.target_modules = sorted(used.target_modules)
+        for name in ("target_modules", "target_parameters"):
+            if isinstance(getattr(used, name, None), set):  # whose order differs from process to process
+                setattr(used, name, sorted(getattr(used, name)))
     return wrapped

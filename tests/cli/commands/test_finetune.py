@@ -177,12 +177,12 @@ def test_estimates_of_mixtures_of_experts(family):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
-@pytest.mark.parametrize("method", ["owlore", "lisa"])
+@pytest.mark.parametrize("method", ["owlore", "lisa", "lora"])
 def test_estimates_of_mixtures_are_those_of_real_tensors(kind, method):
     """Two real steps on the same layers; the estimate is within 1 %."""
     how = OwLoreSettings(n_active=2, rank=2 if method == "owlore" else None, floor=1.0)
     model = build_mixture(kind)
-    found = estimate_memory(model.config, method, how, micro_batch_size=2, sequence_length=32)
+    found = estimate_memory(model.config, method, how, micro_batch_size=2, sequence_length=32, lora_rank=4)
     trained, optimizer = set_up(method, model, None, how, 0.0, 4)
     take_worst_draw(optimizer)
     ids = torch.randint(3, 99, (2, 32), generator=torch.Generator().manual_seed(0))

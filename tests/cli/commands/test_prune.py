@@ -179,6 +179,16 @@ def test_the_default_score_is_the_one_that_never_lost(checkpoint):
     assert LayerScores.load(checkpoint / "out" / "scores.json").method == "angular"
 
 
+@pytest.mark.parametrize("chosen", [(), ("--score", "angular")])
+def test_a_default_score_that_a_model_does_not_have_names_another(checkpoint, capsys, monkeypatch, chosen):
+    def refuse(*_, **__):
+        raise ValueError("model: expected layers that return their hidden state, got others")
+
+    monkeypatch.setattr("hf_cod.cli.work.score_layers", refuse)
+    assert prune(checkpoint, "out", "--no-plots", *chosen) == 2
+    assert ("--score uniform requires no measurement" in capsys.readouterr().err) == (not chosen)
+
+
 def test_a_score_that_does_harm_gives_way(checkpoint, capsys):
     """Scores that spare the layer that matters least: of the two plans the better one is written."""
     sizes = score_layers(load_model(str(checkpoint / "model"))[0], method="uniform").parameters

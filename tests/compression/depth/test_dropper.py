@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_cod.compression.depth.dropper
-import hf_cod.layers.removal.drop
+import hf_cod.layers.removal.arranging
 from examples.tiny_architectures import build as build_type
 from hf_cod import drop, drop_layers, find_decoder_layers, perplexity, plan_depth, prune, skip
 from hf_cod.compression.depth.replacement import BlockReplacer, blocks_of
@@ -253,7 +253,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
         drop_layers(model, [1, 3], "linear", batches=batches_of(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and len(done) == 2
     monkeypatch.undo()
-    monkeypatch.setattr(hf_cod.layers.removal.drop, "check_config_builds", None)  # the last that `drop` does
+    monkeypatch.setattr(hf_cod.layers.removal.arranging, "check_config_builds", None)  # the last that `drop` does
     monkeypatch.setattr(hf_cod.compression.depth.dropper, "check_drop", lambda *_: None)
     with pytest.raises(TypeError):
         drop_layers(model, [1, 3], "linear", batches=batches_of(model))

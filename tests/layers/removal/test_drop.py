@@ -2,11 +2,13 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoBackbone,
     AutoModel,
     AutoModelForCausalLM,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -314,6 +316,25 @@ def test_drop_refuses_in_one_line_what_a_config_cannot_say(kind, reason):
         drop(model, [1])
     assert "\n" not in str(caught.value)
     assert snapshot(model) == before
+
+
+def test_errors_of_config_classes_are_told_in_one_line():
+    """Such an error (StrictDataclassError) is no ValueError."""
+
+    class Strict(LlamaConfig):
+        def __setattr__(self, name, value):
+            if name == "num_hidden_layers" and value == 3:
+                raise StrictDataclassError("num_hidden_layers:\n    an even number")
+            super().__setattr__(name, value)
+
+    model = build("llama")
+    model.config.__class__ = Strict
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"^layers: expected .* can describe, got StrictDataclassError: num_"
+    ) as caught:
+        drop(model, [1])
+    assert "\n" not in str(caught.value) and snapshot(model) == before
 
 
 def test_layers_that_share_weights_are_refused():

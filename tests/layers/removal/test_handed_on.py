@@ -3,6 +3,8 @@ import torch
 
 from examples.tiny_architectures import Case
 from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.layers.removal.arranging import arranged
+from tests.layers.removal.references import with_block
 from tests.layers.removal.test_drop import output, snapshot, two_towers
 
 IMAGE = {"input_ids": torch.tensor([[3, 98, 98, 98, 98, 5]]), "pixel_values": torch.rand(1, 3, 16, 16)}
@@ -82,3 +84,13 @@ def test_the_first_state_after_a_removed_first_layer_is_refused(kind, name):
     setattr(model.config.vision_config, name, [0, 2])
     with pytest.raises(ValueError, match=rf"^layers: expected one kept layer for each of {name}"):
         drop(model, 0, "vision")
+
+
+@pytest.mark.parametrize("feature", [-2, -1, 2, [-4, -1]])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_features_after_a_layer_that_runs_twice_are_those_after_its_second_time(feature, layer):
+    model = two_towers(vision_feature_layer=feature)
+    model.config.image_token_id = 98
+    expected = output(with_block(model, layer, layer + 1, layers_path="vision"), IMAGE)
+    with arranged(model, lambda stack: sorted([*range(3), layer]), "vision"):
+        assert torch.equal(output(model, IMAGE), expected)

@@ -4,6 +4,8 @@ from transformers import AutoModelForCausalLM
 
 from examples.tiny_architectures import tiny_config
 from hf_cod import diagnose, drop, find_decoder_layers, skip
+from hf_cod.layers.removal.arranging import arranged
+from tests.layers.removal.references import with_block
 
 IDS = torch.arange(3, 15)[None]
 WINDOW, FULL = "sliding_attention", "full_attention"
@@ -111,3 +113,15 @@ def test_diagnosis_of_layers_that_share_keys():
     angles = [torch.arccos(torch.cosine_similarity(x[0, -1], y[0, -1], dim=0)) / torch.pi for x, y in states]
     assert any(note.startswith("layer_drop was left out: expected layers with their own keys") for note in report.notes)
     assert report.layers["angular_distance"] == pytest.approx([float(angle) for angle in angles], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_use_the_keys_of_others_are_repeated(kind):
+    """The second time, too, they use the same keys; a layer that hands on its keys does so the last time."""
+    for start, end in ((6, 8), (1, 2), (2, 5)):
+        model, order = model_of(kind), [*range(end), *range(start, 8)]
+        with torch.no_grad():
+            expected = with_block(model, start, end)(input_ids=IDS, use_cache=False)[0]
+        with arranged(model, lambda stack, order=order: order, None):
+            assert torch.equal(output(model), expected)
+            assert torch.equal(generated(model), generated(model, use_cache=False))

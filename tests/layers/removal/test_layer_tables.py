@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 from examples.tiny_architectures import build, tiny_config
-from hf_cod import drop, factorize, find_decoder_layers, skip
+from hf_cod import drop, factorize, find_decoder_layers, repeat, skip
+from hf_cod.layers.removal.arranging import arranged
 from hf_cod.layers.removal.drop import check_drop
+from tests.layers.removal.references import with_block
 
 IDS = torch.arange(3, 12)[None]
 TABLES = ("embed_tokens_per_layer", "per_layer_model_projection")
@@ -169,3 +171,15 @@ def test_a_table_that_the_model_does_not_run_stays_refused():
     with pytest.raises(ValueError, match="weights outside of the layers that do not depend on their number"):
         drop(model, 1)
     torch.testing.assert_close(output(model), intact, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_each_repetition_of_a_layer_has_its_block(kind):
+    model = model_of(kind)
+    expected = with_block(model, 1, 2, times=3)(input_ids=IDS, use_cache=False)[0]
+    weights = {name: table.weight for name, table in tables_of(model).items()}
+    with arranged(model, lambda stack: [0, 1, 1, 1, 2, 3], None):
+        assert torch.equal(output(model), expected)
+        assert all(table.weight is weights[name] for name, table in tables_of(model).items())
+    repeat(model, 1, 2, times=3)
+    assert torch.equal(output(model), expected)

@@ -14,6 +14,7 @@ from transformers import (
 import hf_cod.compression.depth.criteria
 from examples.tiny_architectures import Case
 from hf_cod import drop, plan_depth, skip
+from hf_cod.layers.removal.arranging import arranged
 from tests.layers.removal.test_drop import snapshot
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -93,3 +94,14 @@ def test_a_model_that_does_not_run_on_a_small_input_is_named(caplog):
 def test_states_that_a_tower_hands_on_are_compared(caplog):
     drop(Case("vision-language/llava+images").build(), 1, "vision")
     assert not caplog.text
+
+
+def test_a_repetition_that_moves_what_is_added_by_index_is_refused():
+    model = Adding(LlamaConfig(**SIZES)).eval()
+    before = snapshot(model)
+    for order in ([0, 0, 1, 2, 3], [0, 1, 1, 2, 3]):
+        with pytest.raises(ValueError, match="with the repeated layers it does by index what belongs to other ones"):
+            arranged(model, lambda stack, order=order: order, None).__enter__()
+        assert snapshot(model) == before
+    with arranged(model, lambda stack: [0, 1, 2, 3, 2, 3], None):
+        assert len(model.layers) == 6

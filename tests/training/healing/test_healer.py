@@ -121,6 +121,22 @@ def test_zeros_stay_zeros(method, dtype):
     assert len(changed) >= len(before) // 2
 
 
+def test_zeros_of_experts_stay_zeros_beside_adapters():
+    """One parameter of the banks has zeros, the other has none; both have adapters, the one around the other."""
+    student, teacher = build("mixtral"), build("mixtral")
+    banks = [matrix for i in range(4) for matrix in find_decoder_layers(student).expert_matrices(i)]
+    prune(student, 0.6, "magnitude", include=["down_proj"])
+    before = {matrix.name: matrix.weights().clone() for matrix in banks}
+    report = healed(student, teacher, "lora")
+    assert learnt(report)
+    assert "24 matrices, 8 of them in banks of experts, with adapters: 86,016 of 86,016" in report.notes[0]
+    for matrix in banks:
+        zeros, weights = before[matrix.name] == 0, matrix.weights()
+        assert bool(zeros.any()) == ("down_proj" in matrix.name) and (weights[zeros] == 0).all()
+        assert not torch.equal(weights, before[matrix.name])
+    assert not any("parametrizations" in name for name, _ in student.named_modules())
+
+
 def test_zeros_stay_zeros_in_bfloat16_under_checkpointing():
     student = pruned(torch.bfloat16)
     before = zeros_of(student)

@@ -24,12 +24,14 @@ def test_zeros_stay_and_the_text_is_learned(family, dtype):
     if family == "bert":
         batch["labels"] = batch["input_ids"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    linears = {f"{n}.weight" for i in range(4) for n in find_decoder_layers(model).linears(i)}
+    stack = find_decoder_layers(model)
+    matrices = {f"{name}.weight" for i in range(4) for name in stack.linears(i)}
+    matrices |= {matrix.name for i in range(4) for matrix in stack.expert_matrices(i)}
     modules = [type(module) for module in model.modules()]
     losses = recover(model, [batch], 30, learning_rate=1e-2)
     assert losses[-1] < 0.9 * losses[0]
     for name, p in model.named_parameters():
-        if name in linears:
+        if name in matrices:
             assert ((p == 0) >= (before[name] == 0)).all() and not torch.equal(p, before[name]), name
             assert float((p == 0).float().mean()) == pytest.approx(0.6, abs=0.02)
         else:
@@ -39,7 +41,7 @@ def test_zeros_stay_and_the_text_is_learned(family, dtype):
     assert all(module.training for module in model.modules()), "modes come back"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_what_was_trained_is_what_is_merged(family):
     model = pruned(family)
     batch = batch_for(model)

@@ -240,10 +240,11 @@ def test_the_optimizer_of_another_rank(runs, tmp_path, caplog):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_the_experts_of_a_mixture_resume(tmp_path, caplog):
-    expected = trained("full", tmp_path, family="mixtral")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_experts_of_a_mixture_resume(method, tmp_path, caplog):
+    expected = trained(method, tmp_path, family="mixtral")
     shutil.rmtree(tmp_path / "checkpoint-4")
-    found = trained("full", tmp_path, family="mixtral")
+    found = trained(method, tmp_path, family="mixtral")
     assert "damaged" not in caplog.text
     assert all(torch.equal(found[name], expected[name]) for name in found)
 

@@ -1,0 +1,299 @@
+"""Gives a stack other layers of its own: fewer, or some of them several times, with all that depends on their number.
+
+An *order* lists, for each layer of the changed stack, its index before: [0, 1, 3] is a stack without layer 2, and
+[0, 1, 1, 2] one that runs layer 1 twice. Layers are renumbered and the config is updated. A model with a gap in its
+`layer_idx` fails in its KV cache, where two layers of one index would overwrite each other, and a config that counts
+other layers builds another model (transformers issue 30508).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_cod.io.quantized import check_unquantized
+from hf_cod.layers.capturing import capturing_restored
+from hf_cod.layers.checks import name_of
+from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.modes import one_thread
+from hf_cod.layers.removal.cache import check_attended, check_cache
+from hf_cod.layers.removal.config_surgery import (
+    Changes,
+    building_errors,
+    derived_lists,
+    mend_config,
+    pin_lists,
+    write_out,
+)
+from hf_cod.layers.removal.handed_on import mend_features, mend_handed_on
+from hf_cod.layers.removal.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
+from hf_cod.layers.removal.layer_tables import LayerTables, find_layer_tables
+from hf_cod.layers.removal.marked_runs import MarkedRuns
+from hf_cod.layers.removal.rebuilding import MODES, check_config_builds, scale_numbers
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.stacks import DECODER, ENCODER, VISION, ancestors
+from hf_cod.models.own_config import own_config
+from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
+
+# A stack -> the order of the changed one.
+Ordering = Callable[[DecoderLayers], list[int]]
+
+
+@contextmanager
+def arranged(model: nn.Module, ordering: Ordering, layers_path: str | None) -> Iterator[None]:
+    """Runs the block with the layers in another order. At its end model and config are restored, also on an exception.
+
+    Layers that occur several times have their weights in common.
+
+    Raises:
+        ValueError: see `skip` and `repeated`.
+    """
+    stack = find_decoder_layers(model, layers_path)
+    order = ordering(stack)
+    check_unwritten(stack.model)
+    changes = Changes()
+    with one_thread(model), capturing_restored(stack.model):
+        try:
+            lists, tables, runs = _arrange(stack, order, changes)
+            if runs.possible and not runs.ran:  # then the config alone says whether the layers fit each other
+                check_config_builds(stack, tables.shapes)
+            pin_lists(stack.config, lists, changes)
+            runs.check()
+            yield
+        finally:
+            changes.undo()
+
+
+def arrange(model: nn.Module, ordering: Ordering, layers_path: str | None) -> list[int]:
+    """Puts the layers into another order permanently; returns it.
+
+    A model with a head first gets its own copy of the config. Weights of layers that occur several times are copied at
+    the very end, when nothing can be refused.
+
+    Args:
+        model: a transformers model, wrapped or not.
+        ordering: the order.
+        layers_path: the stack's module name.
+
+    Raises:
+        ValueError: see `drop` and `repeat`. The model is unchanged.
+    """
+    stack = find_decoder_layers(model, layers_path)
+    order = ordering(stack)
+    check_unwritten(stack.model)
+    own_config(model)
+    stack = find_decoder_layers(model, layers_path)
+    changes = Changes()
+    try:
+        tables, runs = _describe(stack, order, changes)
+        if tables.widths:
+            tables.cut(changes)
+            runs.check()
+        for new in _repetitions(order):
+            _own_weights(stack[new])
+    except BaseException:
+        changes.undo()
+        raise
+    return order
+
+
+def check_arranged(model: nn.Module, ordering: Ordering, layers_path: str | None) -> None:
+    """Checks that `arrange` can put the layers into this order; the model is not changed.
+
+    Raises:
+        ValueError: in the same cases as `arrange`.
+    """
+    stack = find_decoder_layers(model, layers_path)
+    order = ordering(stack)
+    check_unwritten(stack.model)
+    changes = Changes()
+    try:
+        _describe(stack, order, changes)
+    finally:
+        changes.undo()
+
+
+def _describe(stack: DecoderLayers, order: list[int], changes: Changes) -> tuple[LayerTables, MarkedRuns]:
+    """All that `arrange` does, but for the weights of tables and of repeated layers; returns these tables, and runs of
+    the intact model."""
+    if stack.config is None:
+        raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
+    check_unquantized(stack.model, name_of(stack))
+    if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
+        raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    with building_errors(stack.model):
+        lists, tables, runs = _arrange(stack, order, changes)
+        for name, wanted in lists.items():
+            raise ValueError(
+                f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got "
+                f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
+                "use skip"
+            )
+    check_cache(stack)
+    tables.check_plain()
+    try:
+        check_config_builds(stack, tables.shapes)
+    except ValueError:
+        if not scale_numbers(stack, changes):
+            raise
+        check_config_builds(stack, tables.shapes)
+    runs.check()
+    return tables, runs
+
+
+def _check_unshared(stack: DecoderLayers) -> None:
+    """Checks that no two layers have a weight in common: a model like Zamba2 finds such a block by their numbers."""
+    owner: dict[int, int] = {}
+    for index, layer in enumerate(stack):
+        for name, weight in layer.named_parameters():
+            if owner.setdefault(id(weight), index) != index:
+                raise ValueError(
+                    f"layers: expected layers with weights of their own, got {stack.layers_path}.{index}.{name}, which "
+                    f"layer {owner[id(weight)]} shares"
+                )
+
+
+def _arrange(
+    stack: DecoderLayers, order: list[int], changes: Changes
+) -> tuple[dict[str, list[Any]], LayerTables, MarkedRuns]:
+    """Changes the layers; returns the lists by layer that the config computes otherwise than for these, the tables
+    outside of the layers, which select the blocks of these, and runs of the intact model."""
+    _check_unshared(stack)
+    check_attended(stack, order)
+    check_sources(stack.config, order)
+    modes = sharing_modes(stack.config)
+    layers, depth, called = _layers_of(stack, order), len(stack), stack.name  # found by the length of the whole stack
+    tables = find_layer_tables(stack, order, partial(_mend_configs, stack, order, depth, called))
+    runs = MarkedRuns(stack, order, [*tables.widths])
+    if runs.possible and runs.channels != tables.channels:
+        tables = replace(tables, widths={})  # a table that does not run may have its blocks in any order
+    computed = {} if stack.config is None else derived_lists(stack.config, depth)
+    _hand_on(stack, order, changes)
+    changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
+    for new, (old, layer) in enumerate(zip(order, layers, strict=True)):
+        for module in layer.modules():
+            for name in LAYER_INDEX_ATTRIBUTES:
+                if module.__dict__.get(name) == old:
+                    changes.set(module, name, new)
+    _mend_configs(stack, order, depth, called, changes)
+    tables.select(changes)
+    if modes is not None:
+        mend_sharing(stack, order, modes, changes)
+        computed.pop(SHARING_MODES, None)  # a layer that nobody shares with may hand on its keys and values
+    return {} if stack.config is None else write_out(stack.config, computed, order, changes), tables, runs
+
+
+def _mend_configs(stack: DecoderLayers, order: list[int], depth: int, called: str | None, changes: Changes) -> None:
+    whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
+    side = called if called in (ENCODER, DECODER) else None
+    if stack.config is not None:
+        before = {name: value for name, value in vars(stack.config).items() if isinstance(value, (list, tuple))}
+        mend_config(stack.config, depth, order, changes, side if stack.config is whole else None)
+        mend_handed_on(stack.config, depth, order, changes)
+        _mend_copies(stack, before, changes)
+    if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
+        mend_config(whole, depth, order, changes, side)
+    if called == VISION and whole is not None:
+        mend_features(whole, depth, order, changes)
+    if getattr(whole, "module_shapes", None):
+        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, order))
+
+
+def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:
+    """Changes the copies of the config's lists in the modules around the stack, such as Mllama's indices of layers."""
+    for module in ancestors(stack.model, stack.layers_path):
+        for name, value in before.items():
+            now = getattr(stack.config, name)
+            if now != value and vars(module).get(name) == value:
+                changes.set(module, name, now)
+
+
+def _hand_on(stack: DecoderLayers, order: list[int], changes: Changes) -> None:
+    """Moves what only the first layer has to the layer that becomes the first.
+
+    All layers of T5 use the position biases that the first one computes from its table. A first layer that lacks
+    something that the others have is of another kind, and nothing is moved.
+    """
+    if order[0] == 0:
+        return
+    first, heir = (dict(stack[i].named_modules()) for i in (0, order[0]))
+    if any(name not in first or type(first[name]) is not type(module) for name, module in heir.items()):
+        return
+    for name, parent, child in _only_in_first(stack):
+        if parent in heir:
+            changes.set(heir[parent], "_modules", {**heir[parent]._modules, child: first[name]})
+            for key, value in vars(first[parent]).items():
+                if isinstance(value, bool) and key not in MODES and vars(heir[parent]).get(key) is (not value):
+                    changes.set(heir[parent], key, value)
+
+
+def _only_in_first(stack: DecoderLayers) -> list[tuple[str, str, str]]:
+    """The modules that only the first layer has: (name, that of the module around it, its name there)."""
+    elsewhere = {name for layer in [*stack][1:] for name, _ in layer.named_modules()}
+    only = [name for name, _ in stack[0].named_modules() if name not in elsewhere]
+    split = [(name, *name.rpartition(".")) for name in only]
+    return [(name, parent, child) for name, parent, _, child in split if parent in elsewhere]
+
+
+def _layers_of(stack: DecoderLayers, order: list[int]) -> list[nn.Module]:
+    """The layers in this order; those that occur several times are copies, which have their weights in common."""
+    again = _repetitions(order)
+    return [_copy_of(stack, old) if new in again else stack[old] for new, old in enumerate(order)]
+
+
+def _repetitions(order: list[int]) -> set[int]:
+    """The places in an order at which a layer occurs again."""
+    return {new for new, old in enumerate(order) if old in order[:new]}
+
+
+def _copy_of(stack: DecoderLayers, index: int) -> nn.Module:
+    """A layer with the weights, buffers and configs of another one, but with modules of its own. A copy of the first
+    layer lacks what only the first one has, and gets it from there, as all others do."""
+    layer: nn.Module = stack[index]
+    kept: list[Any] = [*layer.parameters(), *layer.buffers()]
+    kept += [v for m in layer.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
+    made = copy.deepcopy(layer, {id(thing): thing for thing in kept})
+    if index == 0 and len(stack) > 1:
+        own, other = dict(made.named_modules()), dict(stack[1].named_modules())
+        for _, parent, child in _only_in_first(stack):
+            if parent in other:
+                del own[parent]._modules[child]
+                flags = {key: on for key, on in vars(other[parent]).items() if type(on) is bool and key not in MODES}
+                own[parent].__dict__.update(flags)
+    return made
+
+
+def _own_weights(layer: nn.Module) -> None:
+    """Gives a layer copies of its weights and buffers; what is tied inside of it stays tied."""
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        both: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in both:
+            for name, tensor in [*held.items()]:
+                if tensor is not None:
+                    held[name] = copy.deepcopy(tensor, memo)
+
+
+def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, order: list[int]) -> dict[str, Any]:
+    """`module_shapes` for the layers in this order; its names are those inside the base model."""
+    model: Any = stack.model
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    path = stack.layers_path.removeprefix(prefix)
+    found = {}
+    for name, sizes in shapes.items():
+        match = re.match(rf"({re.escape(path)}\.)(\d+)(\..+)", name)
+        if match is None:
+            found[name] = sizes
+        else:
+            places = (new for new, old in enumerate(order) if old == int(match[2]))
+            found |= {f"{match[1]}{new}{match[3]}": sizes for new in places}
+    return found

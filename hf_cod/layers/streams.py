@@ -1,0 +1,52 @@
+"""Layers that hand on several residual streams by name, as a reversible network does (Reformer)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.layers.running import hidden_input, hidden_output
+
+
+def states_around(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """The hidden states before and after a layer; of several streams, all of them as one vector (S, T, n d) a token.
+
+    The streams are what the layer returns by name in the shape of its input. One that it takes by the same name is the
+    same stream; of two that are left, one on each side, the second is what has become of the first.
+
+    Args:
+        layer: the layer, which has run.
+        args, kwargs: of its call.
+        output: what it returned.
+
+    Raises:
+        ValueError: a layer that returns something else than its hidden state, or streams that cannot be paired.
+    """
+    found = _by_name(output)
+    if found is None:
+        return hidden_input(args, kwargs), hidden_output(output)
+    bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+    shape = hidden_input(args, kwargs).shape
+    before, after = ({name: x for name, x in part.items() if _is_stream(x, shape)} for part in (bound, found))
+    names = {name: name for name in after if name in before}
+    lone = [[name for name in part if name not in names] for part in (before, after)]
+    if not after or [len(part) for part in lone] not in ([0, 0], [1, 1]):
+        hidden_output(output)  # says what the layer returns
+    names.update(zip(lone[1], lone[0], strict=True))
+    return torch.cat([before[names[name]] for name in after], -1), torch.cat([*after.values()], -1)
+
+
+def _by_name(output: Any) -> dict[str, Any] | None:
+    """What a layer returned by name; None if it returned a tensor, or a plain tuple or list."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    names = getattr(output, "_fields", None)
+    return None if names is None else dict(zip(names, output, strict=True))
+
+
+def _is_stream(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape

@@ -1,0 +1,153 @@
+"""The matrices of the layers that adapters are added to, and those that get none, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.layers.direct_use import not_adaptable
+from hf_cod.layers.expert_parameters import ExpertParameter
+from hf_cod.layers.experts import ExpertMatrix
+from hf_cod.layers.module_choice import by_place
+from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.stack import DecoderLayers
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NO_BANKS = "a bank of experts, to which this method adds none"
+_PACKED = "a bank of packed experts; PEFT adapts parameters of numbers"
+_STACKED = "experts stacked in a parameter of two dimensions, which PEFT would adapt as one matrix"
+_MISREAD = "PEFT reads its name as that of experts, and its weight is no parameter of numbers"
+
+
+@dataclass(frozen=True)
+class AdapterTargets:
+    """Names of matrices -> number of weights.
+
+    Attributes:
+        modules: Linear-like modules that get an adapter.
+        banks: matrices of banks of experts that do. Each expert's matrix gets a product of the adapter's rank.
+        left: matrices that get none.
+        reasons: name of a matrix in `left` -> the reason.
+        misread: the names in `modules` that PEFT misreads, see `_is_misread`.
+    """
+
+    modules: Mapping[str, int] = field(default_factory=dict)
+    banks: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    misread: Collection[str] = ()
+
+    def for_lora(self) -> dict[str, Any]:
+        """`target_modules` and `target_parameters` of PEFT's LoraConfig.
+
+        Names are complete, because a factorized layer has other modules than a dense one.
+        """
+        modules = [name for name in self.modules if name not in self.misread]
+        parameters = [*self.banks, *(f"{name}.weight" for name in self.misread)]
+        return {"target_modules": modules, "target_parameters": parameters or None}
+
+    def notes(self) -> list[str]:
+        """Sentences for a report that count the matrices with adapters, and name those without.
+
+        None if all matrices are modules with an adapter.
+        """
+        if not self.left and not self.banks:
+            return []
+        adapted = sum(self.modules.values()) + sum(self.banks.values())
+        total = adapted + sum(self.left.values())
+        banks = f", {len(self.banks)} of them in banks of experts," if self.banks else ""
+        notes = [
+            f"{_count(len(self.modules) + len(self.banks))}{banks} with adapters: {adapted:,} of {total:,} weights "
+            f"({adapted / max(1, total):.1%})"
+        ]
+        for reason in dict.fromkeys(self.reasons.values()):
+            names = [name for name, why in self.reasons.items() if why == reason]
+            weights = sum(self.left[name] for name in names)
+            told = f"{_count(len(names))} of {weights:,} weights without adapters ({reason})"
+            notes.append(f"{told}: {'; '.join(by_place(names))}")
+        return notes
+
+
+def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
+    """The matrices of the layers that get adapters, except those that `stack` excludes.
+
+    Args:
+        stack: the layers, without adapters.
+        lora: PEFT's LoRA, which requires the peft package; False: OwLore adapters, of which banks of experts get none.
+
+    Raises:
+        ValueError: none is left.
+    """
+    reasons, sizes, misread = not_adaptable(stack), dict[str, int](), list[str]()
+    is_misread = cache(partial(_is_misread, stack.model))
+    banks: set[str] = set()
+    for index in range(len(stack)):
+        for name, module in stack.linears(index).items():
+            sizes[name] = math.prod(shape_of(module))
+            if lora and name not in reasons and is_misread(name.rpartition(".")[2]):
+                misread.append(name)
+                if not _is_float(getattr(module, "weight", None)):
+                    reasons[name] = _MISREAD
+        for matrix in stack.expert_matrices(index):
+            sizes[matrix.name] = matrix.parameter.numel()
+            banks.add(matrix.name)
+            reason = _why_not(matrix) if lora else _NO_BANKS
+            if reason is not None:
+                reasons[matrix.name] = reason
+    if not sizes.keys() - reasons.keys():
+        raise ValueError("include: expected matrices that adapters can be added to, got none of them")
+    found = {name: size for name, size in sizes.items() if name not in reasons}
+    return AdapterTargets(
+        {name: size for name, size in found.items() if name not in banks},
+        {name: size for name, size in found.items() if name in banks},
+        {name: size for name, size in sizes.items() if name in reasons},
+        {name: reasons[name] for name in sizes if name in reasons},
+        [name for name in misread if name in found],
+    )
+
+
+def _is_misread(model: nn.Module, name: str) -> bool:
+    """Whether PEFT reads the last part of a module's name as the earlier name of a matrix of experts.
+
+    For adapters that were trained with transformers 4, PEFT replaces names such as "gate_proj" and "up_proj", in some
+    types of mixtures, by the bank of experts that now holds these matrices. It does so with a shared expert or an MLP
+    beside the experts as well, which would get no adapter. A parameter's name, "gate_proj.weight", is not replaced.
+    """
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a version that replaces no names
+        return False
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of several matrices that are one parameter of the bank
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _why_not(matrix: ExpertMatrix) -> str | None:
+    """The reason why PEFT cannot adapt a matrix of a bank; None if it can."""
+    parameter = matrix.parameter
+    if isinstance(parameter, ExpertParameter):
+        return _PACKED
+    if parameter.dim() != 3:
+        return _STACKED
+    if not _is_float(parameter):
+        return f"a bank of {str(parameter.dtype).removeprefix('torch.')}; PEFT adapts parameters of numbers"
+    return None
+
+
+def _is_float(weight: Any) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype in _FLOATS
+
+
+def _count(matrices: int) -> str:
+    return "1 matrix" if matrices == 1 else f"{matrices} matrices"
