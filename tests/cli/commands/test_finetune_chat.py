@@ -2,17 +2,21 @@
 
 import json
 import random
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_cod import LayerScores, RunReport, load_texts, perplexity
 from hf_cod.cli.main import main
 from hf_cod.io.answers import answers_of, rows_of
 from hf_cod.io.models import embedded_model
 from hf_cod.io.text import embedded_text
+from tests.docs.pages import blocks, read
 from tests.io.test_chat import MARKS
 from tests.tiny_tokenizers import gpt_like
 from tests.tiny_training import dies_in_step_five
@@ -67,6 +71,52 @@ def test_a_chat_is_learned_and_the_result_can_chat(whole, chat):
     records = load_texts(text=chat[1], chat_template=chat[3])
     held_out = rows_of(answers_of(tokenizer, records, 64).samples[-8:], 64, False, tokenizer).batches(8, 4)
     assert perplexity(model, held_out) == pytest.approx(found["after"], rel=1e-4)
+
+
+def commands_of_the_page(folder, model, answers):
+    """Arguments of the page's three commands for a model of the test, in a folder with 40 chats."""
+    lines = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in answers.items()
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) * (40 // len(lines)))
+    section = read("docs/how-to/finetune.md").partition("## Chats")[2]
+    (folder / "chat.jinja").write_text(blocks(section, "jinja")[0])
+    found = [shlex.split(line) for line in blocks(section, "sh")[0].strip().splitlines()]
+    return [[model if word == "Qwen/Qwen2.5-0.5B-Instruct" else word for word in line[1:]] for line in found]
+
+
+def answer_in_a_fresh_process(ask):
+    done = subprocess.run([sys.executable, *ask], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+ANSWERS = {"Who are you?": "I am Anne Elliot.", "Where is she?": "She is at Lyme."}
+
+
+@pytest.mark.process
+def test_the_commands_of_the_page_give_the_answer_of_the_file(mixture, tmp_path, monkeypatch):
+    """A small stock model without a chat template learns two chats by heart."""
+    monkeypatch.chdir(tmp_path)
+    fits, train, ask = commands_of_the_page(tmp_path, mixture, ANSWERS)
+    assert main(fits) == 0
+    learn = "--method full --learning-rate 3e-3 --steps 40 --batch-size 4 --sequence-length 64 --eval-samples 4"
+    learn += " --dtype float32 --device cpu --no-plots"
+    assert main([*train, "--chat-template", "chat.jinja", *learn.split()]) == 0
+    assert answer_in_a_fresh_process(ask) == str({"role": "assistant", "content": ANSWERS["Who are you?"]})
+    answer = pipeline("text-generation", "tuned-chat")([{"role": "user", "content": "Where is she?"}])
+    assert answer[0]["generated_text"][-1]["content"] == ANSWERS["Where is she?"]
+
+
+@pytest.mark.process
+def test_the_commands_of_the_page_teach_a_chat_model(smollm2, tmp_path, monkeypatch):
+    """With the chat template of the model, which marks no answers."""
+    monkeypatch.chdir(tmp_path)
+    fits, train, ask = commands_of_the_page(tmp_path, smollm2, {"Who are you?": "I am Anne Elliot."})
+    assert main([*fits, "--sequence-length", "64"]) == 0
+    learn = "--method lora --learning-rate 1e-3 --steps 12 --batch-size 4 --sequence-length 64 --eval-samples 4"
+    assert main([*train, *learn.split(), "--device", "cpu", "--no-plots"]) == 0
+    assert answer_in_a_fresh_process(ask) == str({"role": "assistant", "content": "I am Anne Elliot."})
 
 
 @pytest.mark.slow
