@@ -94,7 +94,7 @@ def run(
     data = training_data(model, tokenizer, load_texts(text), settings)
     settings = for_samples(settings, len(data.windows), begun_steps(output.path))
     warn_of_one_draw(settings, sampling, len(find_decoder_layers(model)))
-    claim(output.path, {"steps": settings.total_steps})
+    claim(output.path, {"steps": settings.total_steps, **data.identity()})
     before = held_out_perplexity(model, progress(data.held_out, "perplexity", show=True))
     scores = scores_to_draw_by(model, data.windows, settings, scores_file, output.path)
     chosen: Any = METHODS[settings.method]

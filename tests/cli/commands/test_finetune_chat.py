@@ -132,9 +132,16 @@ def test_other_methods_learn_chats(method, chat, tmp_path):
 
 
 @pytest.mark.process
-def test_a_killed_run_on_packed_chats_ends_as_one_that_was_not(whole, chat, tmp_path):
+def test_a_killed_run_on_packed_chats_ends_as_one_that_was_not(whole, chat, tmp_path, capsys):
     command = ["finetune", MODEL, *chat, *QUICK.split(), "--output"]
     dies_in_step_five([*command, str(tmp_path / "killed")])
+    settings = tmp_path / "killed" / "settings.json"
+    noted = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**noted, "answers_by": "prefixes"}))  # as without TRL, which was installed since
+    assert main([*command, str(tmp_path / "killed")]) == 2
+    assert "answers_by: expected 'prefixes', as in the run in " in capsys.readouterr().err
+    assert noted.pop("answers_by") == "marks"
+    settings.write_text(json.dumps(noted))  # as an earlier version wrote it
     assert main([*command, str(tmp_path / "killed")]) == 0
     weights, resumed = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "killed"))
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
