@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
     if trl.print_trl:
-        say(script(rest.model, text, settings, sampling, str(directory)))
+        say(script(rest.model, loading, text, settings, sampling, str(directory), files.scores))
         return 0
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
     told |= asdict(sampling)

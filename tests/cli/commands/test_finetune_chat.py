@@ -168,6 +168,28 @@ def test_the_printed_script_trains_by_trl(method, checkpoint, capsys):
     assert (checkpoint / "out" / "checkpoint-1" / "trainer_state.json").is_file()
 
 
+def test_the_printed_script_leaves_no_option_out(chat, tmp_path, capsys):
+    """It has them, or the command refuses them."""
+    command = ["finetune", MODEL, *chat, "--print-trl", "--output", str(tmp_path / "out")]
+    options = (
+        "--scale 0.5 --moments 8bit --deselected keep --rounding nearest --exclude down_proj --n-active 2 --rank 8"
+    )
+    assert main([*command, *options.split(), "--dtype", "bfloat16", "--save-every", "20", "--log-every", "5"]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        *("scale=0.5", "moments='8bit'", "deselected='keep'", "rounding='nearest'", "exclude=['down_proj']"),
+        *("n_active=2", "rank=8", "{'dtype': 'bfloat16'}", "save_steps=20", "logging_steps=5"),
+    ):
+        assert word in printed
+    for refused in (
+        *("--eval-samples 8", "--passes 2", "--score fisher", "--device cpu"),
+        *("--method lora --exclude down_proj", "--method full --include down_proj", "--method galore"),
+    ):
+        assert main([*command, *refused.split()]) == 2
+        error = capsys.readouterr().err
+        assert "print_trl" in error and error.count("\n") == 1
+
+
 def test_without_a_template_one_line_says_how_to_name_one(chat, tmp_path, capsys):
     assert main(["finetune", MODEL, *chat[:2], *QUICK.split(), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
