@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from hf_cod.compression.width.settings import NarrowSettings as NarrowSettings
     from hf_cod.compression.width.settings import WidthSettings as WidthSettings
     from hf_cod.compression.width.width_plan import WidthPlan as WidthPlan
+    from hf_cod.io.records import Record as Record
     from hf_cod.io.report import RunReport as RunReport
     from hf_cod.io.settings import SampleSettings as SampleSettings
     from hf_cod.io.settings import TextSettings as TextSettings
@@ -141,6 +142,7 @@ _HOMES = {
     "PruneSettings": "compression.pruning.settings",
     "RankPlan": "compression.low_rank.rank_plan",
     "RankSettings": "compression.low_rank.settings",
+    "Record": "io.records",
     "RecoverySettings": "training.healing.settings",
     "RepeatPlan": "compression.depth.repeat_plan",
     "RepeatSettings": "compression.depth.settings",

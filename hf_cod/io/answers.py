@@ -27,10 +27,12 @@ class Answers:
     Attributes:
         samples: one for each record that has an answer within the length, in the order of the records.
         notes: how answers were found, what was truncated, and what was left out.
+        by: how answers in conversations were found, as in `io/chat.py`; None without conversations.
     """
 
     samples: list[Sample]
     notes: list[str]
+    by: str | None = None
 
 
 def answers_of(tokenizer: Any, records: Iterable[Record], length: int) -> Answers:
@@ -48,7 +50,7 @@ def answers_of(tokenizer: Any, records: Iterable[Record], length: int) -> Answer
     samples: list[Sample] = []
     count = unanswered = cut = beyond = 0
     notes: list[str] = []
-    found = None
+    found, by = None, None
     for record in records:
         count += 1
         if not record.answered:
@@ -56,7 +58,9 @@ def answers_of(tokenizer: Any, records: Iterable[Record], length: int) -> Answer
             continue
         if found is None:
             found = find_answers(tokenizer, record.template)
-            notes += [f"the loss is on answers alone; {found.told}"] if record.prompt is None else []
+            if record.prompt is None:
+                by = found.by
+                notes.append(f"the loss is on answers alone; {found.told}")
         ids, mask = tokens_of(tokenizer, record, found)
         labels = [token if answer else IGNORED_LABEL for token, answer in zip(ids, mask, strict=True)][:length]
         cut += len(ids) > length
@@ -71,7 +75,7 @@ def answers_of(tokenizer: Any, records: Iterable[Record], length: int) -> Answer
         notes.append(f"{unanswered + beyond} of {count} records were left out: {left_out}")
     if cut:
         notes.append(f"{cut} of {count} records were truncated to {length} tokens")
-    return Answers(samples, notes)
+    return Answers(samples, notes, by)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Answers:
 
     Attributes:
         template: the chat template that renders; None: the record's or the tokenizer's.
-        by: "marks" or "prefixes".
+        by: "marks", "marks of TRL" or "prefixes".
         told: a sentence for the report.
     """
 
@@ -58,7 +58,7 @@ def find_answers(tokenizer: Any, template: str | None) -> Answers:
         return Answers(None, "marks", "answers are those that the chat template marks")
     training = _template_of_trl(tokenizer, own)
     if training is not None:
-        return Answers(training, "marks", "answers are those that TRL's version of the chat template marks")
+        return Answers(training, "marks of TRL", "answers are those that TRL's version of the chat template marks")
     return Answers(None, "prefixes", "answers were found by rendering the conversation up to each of them")
 
 

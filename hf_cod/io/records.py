@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.reading import parse_json
 from hf_cod.io.schema import brief
 
@@ -48,6 +49,7 @@ class Format:
         return [f"the text was read as plain text {read}; not read: {', '.join(self.left_out)}"]
 
 
+@checked
 @dataclass(frozen=True)
 class Record:
     """A conversation, or a prompt with its completion.

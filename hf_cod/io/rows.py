@@ -21,7 +21,7 @@ def read_rows(settings: TextSettings) -> tuple[Iterable[str | Record], Format]:
 
     Raises:
         ValueError: no such file or dataset, no such column, columns of several formats, or a chat template beside plain
-            text.
+            text, in all rows or in the first.
         ImportError: `datasets` is not installed.
     """
     rows = load_rows(settings, plain=False)
@@ -32,8 +32,12 @@ def read_rows(settings: TextSettings) -> tuple[Iterable[str | Record], Format]:
     if chosen.name == "text":
         check_effect(settings, ["chat_template"], "plain text")
         return column_of(rows, settings), chosen
-    named = settings.text_column in columns
-    return records_of(_read(rows, settings), chosen, _template(settings), named), chosen
+    named, template = settings.text_column in columns, _template(settings)
+    if template is not None:
+        first = next(records_of(_read(rows, settings), chosen, template, named), None)
+        if isinstance(first, str) or (first is not None and isinstance(first.prompt, str)):
+            check_effect(settings, ["chat_template"], f"{chosen.name} of plain text")
+    return records_of(_read(rows, settings), chosen, template, named), chosen
 
 
 def text_notes(settings: TextSettings) -> list[str]:

@@ -119,6 +119,9 @@ def test_calibration_reads_chats_by_their_template(tmp_path):
     (tmp_path / "my.txt").write_text("one two")
     with pytest.raises(ValueError, match="chat_template: expected none with plain text"):
         load_texts(text=str(tmp_path / "my.txt"), chat_template=str(tmp_path / "chat.jinja"))
+    pairs = written(tmp_path, [ROWS["texts"][0]])
+    with pytest.raises(ValueError, match=r"^chat_template: expected none with prompts and completions of plain text, "):
+        load_texts(text=pairs, chat_template=str(tmp_path / "chat.jinja"))
 
 
 ANYTHING = st.recursive(

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
     if trl.print_trl:
-        say(script(rest.model, text, settings, sampling, str(directory)))
+        say(script(rest.model, loading, text, settings, sampling, str(directory), files.scores))
         return 0
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
     told |= asdict(sampling)
@@ -94,7 +94,7 @@ def run(
     data = training_data(model, tokenizer, load_texts(text), settings)
     settings = for_samples(settings, len(data.windows), begun_steps(output.path))
     warn_of_one_draw(settings, sampling, len(find_decoder_layers(model)))
-    claim(output.path, {"steps": settings.total_steps})
+    claim(output.path, {"steps": settings.total_steps, **data.identity()})
     before = held_out_perplexity(model, progress(data.held_out, "perplexity", show=True))
     scores = scores_to_draw_by(model, data.windows, settings, scores_file, output.path)
     chosen: Any = METHODS[settings.method]

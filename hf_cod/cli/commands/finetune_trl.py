@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hf_cod.io.inputs import FILE_READERS
-from hf_cod.io.settings import TextSettings
+from hf_cod.io.module_names import FIELDS
+from hf_cod.io.settings import ModelSettings, TextSettings, check_effect, given
+from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import FIXED, TrainingSettings
 
@@ -24,15 +26,24 @@ class TrlSettings:
     )
 
 
-def script(model: str, text: TextSettings, settings: TrainingSettings, sampling: OwLoreSettings, output: str) -> str:
+def script(
+    model: str,
+    loading: ModelSettings,
+    text: TextSettings,
+    settings: TrainingSettings,
+    sampling: OwLoreSettings,
+    output: str,
+    scores_file: str | None,
+) -> str:
     """A Python script: imports, the data, and the trainer.
 
-    Layers are sampled by the scores in `output`, which `hf-cod score` writes.
+    Layers are sampled by the scores of the file, else by those in `output`, which `hf-cod score` writes.
 
     Raises:
         ValueError: the embedded text or a file of plain text, which TRL does not read; a format or a method that TRL
-            has no words for.
+            has no words for; or a setting that the script would leave out.
     """
+    _check_complete(loading, settings, sampling)
     from hf_cod.io.rows import read_rows
 
     reader = FILE_READERS.get(Path(text.text or "").suffix)
@@ -41,7 +52,7 @@ def script(model: str, text: TextSettings, settings: TrainingSettings, sampling:
     chosen = read_rows(text)[1]
     if chosen.name == "instructions" or (chosen.name == "text" and chosen.left_out):
         raise ValueError(f"print_trl: expected messages, prompts with completions or texts, got {chosen.name}")
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "max_length": settings.sequence_length,
         "max_steps": settings.total_steps,
         "per_device_train_batch_size": settings.micro_batch_size,
@@ -52,19 +63,22 @@ def script(model: str, text: TextSettings, settings: TrainingSettings, sampling:
         "max_grad_norm": settings.max_grad_norm,
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.checkpointing,
+        "model_init_kwargs": {"dtype": loading.dtype},
+        "save_steps": settings.save_every,
+        "logging_steps": settings.log_every,
     }
     loss: dict[str, dict[str, Any]] = {
         "conversations": {"assistant_only_loss": True},
         "prompts and completions": {"completion_only_loss": True},
         "text": {"dataset_text_field": chosen.columns[0]},
     }
-    given |= {**loss[chosen.name], "seed": sampling.seed}
-    given |= {} if text.chat_template is None else {"chat_template_path": text.chat_template}
-    imports, last = _method(settings, sampling, output)
+    arguments |= {**loss[chosen.name], "seed": sampling.seed}
+    arguments |= {} if text.chat_template is None else {"chat_template_path": text.chat_template}
+    imports, last = _method(settings, sampling, scores_file or str(Path(output) / "scores.json"))
     rows = f"load_dataset({text.text!r}, {text.text_config!r}, split={text.text_split!r})"
     if reader is not None:
         rows = f"load_dataset({reader!r}, data_files={text.text!r}, split='train')"
-    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return "\n".join(
         [
             *("from datasets import load_dataset", "from trl import SFTConfig, SFTTrainer", *imports, ""),
@@ -75,7 +89,21 @@ def script(model: str, text: TextSettings, settings: TrainingSettings, sampling:
     )
 
 
-def _method(settings: TrainingSettings, sampling: OwLoreSettings, output: str) -> tuple[list[str], str]:
+def _check_complete(loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings) -> None:
+    """Checks that nothing is set that the script would leave out.
+
+    Raises:
+        ValueError: a setting of it.
+    """
+    others = [each.name for each in fields(loading) if each.name != "dtype"]
+    check_effect(loading, others, "print_trl, whose script loads the model by its name")
+    check_effect(settings, ("score", *options_of(settings)), "print_trl, whose script reads scores")
+    check_effect(settings, ["eval_samples", "passes"], "print_trl, whose script trains on all records for --steps")
+    if settings.method not in WITH_OWLORE:
+        check_effect(sampling, FIELDS, f"print_trl and {settings.method}")
+
+
+def _method(settings: TrainingSettings, sampling: OwLoreSettings, scores_file: str) -> tuple[list[str], str]:
     """Imports, and the argument of the trainer."""
     if settings.method == "full":
         return [], ""
@@ -85,12 +113,9 @@ def _method(settings: TrainingSettings, sampling: OwLoreSettings, output: str) -
         return ["from peft import LoraConfig"], f", peft_config={told}"
     if settings.method not in WITH_OWLORE:
         raise ValueError(f"print_trl: expected one of the methods owlore, lisa, lora, full, got {settings.method}")
-    values = {name: getattr(sampling, name) for name in ("n_active", "interval", "rank", "floor", "train_embeddings")}
+    values = {name: getattr(sampling, name) for name in given(sampling, asdict(sampling))}
     values |= {"lr": settings.rate, "seed": sampling.seed, **FIXED.get(settings.method, {})}
-    # Defaults that the optimizer lowers for a small model are left out.
-    from hf_cod.io.settings import Default
-
-    words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, Default)]
-    scores = "None" if settings.method == "lisa" else f"LayerScores.load({str(Path(output) / 'scores.json')!r})"
+    words = [f"{name}={value!r}" for name, value in values.items()]
+    scores = "None" if settings.method == "lisa" else f"LayerScores.load({scores_file!r})"
     imports = ["from hf_cod import owlore" if settings.method == "lisa" else "from hf_cod import LayerScores, owlore"]
     return imports, f", optimizer_cls_and_kwargs=owlore({', '.join([scores, *words])})"

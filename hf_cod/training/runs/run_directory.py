@@ -26,8 +26,9 @@ CHECKPOINT = "checkpoint-"
 _OF_CHECKPOINTS = (".bin", ".json", ".pt", ".pth", ".safetensors")  # suffixes of files
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
 SCORES_NOTE = "scores_checksum"  # entry of the settings
+ANSWERS_NOTE = "answers_by"  # the same; runs on chats of earlier versions have none
 # Entries that a run notes after its identity: alone, they are of a run whose directory was deleted meanwhile.
-_LATE = {"steps", SCORES_NOTE}
+_LATE = {"steps", SCORES_NOTE, ANSWERS_NOTE}
 MARKERS = ("trainer_state.json", "progress.json")  # last file of a checkpoint: Trainer's, and our own loop's
 # Name of a setting in runs of an earlier version -> its current name.
 RENAMED = {"labels": "label_weight", "hidden": "hidden_weight"}
@@ -162,7 +163,7 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
     wanted = as_read(wanted)
     noted = {} if _left_by_lost_run(directory) else _noted(directory / SETTINGS)
     found = noted or (_reported(directory) if finished else {})
-    known = bool(found) if finished else without_unset(wanted).keys() <= found.keys()
+    known = bool(found) if finished else without_unset(wanted).keys() - {ANSWERS_NOTE} <= found.keys()
     held = _check_held(directory, known or bool(_left_by_lost_run(directory)))
     changed = [name for name, value in wanted.items() if name in found and not _is_same(found[name], value)]
     if changed and (held or (directory / REPORT).exists()):

@@ -15,6 +15,7 @@ from hf_cod.io.packing import pack
 from hf_cod.io.records import Record
 from hf_cod.io.text import Batch, Texts
 from hf_cod.training.runs.packed_rows import keeps_apart
+from hf_cod.training.runs.run_directory import ANSWERS_NOTE
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,17 @@ class TrainingData:
         windows: windows of text (N, T), or rows of answers.
         held_out: batches to measure perplexity on.
         notes: for the report.
+        answers_by: how answers in conversations were found; None without conversations.
     """
 
     windows: Windows
     held_out: list[Batch]
     notes: list[str]
+    answers_by: str | None = None
+
+    def identity(self) -> dict[str, str]:
+        """What a run notes, so that it does not resume with other labels."""
+        return {} if self.answers_by is None else {ANSWERS_NOTE: self.answers_by}
 
 
 def training_data(model: Any, tokenizer: Any, texts: Texts, settings: TrainingSettings) -> TrainingData:
@@ -60,7 +67,8 @@ def training_data(model: Any, tokenizer: Any, texts: Texts, settings: TrainingSe
     told = f"{len(train)} records were packed into {len(rows)} rows, in which they do not attend to each other"
     if not packed:
         told = f"{len(train)} records were padded, not packed: in a row, the model does not keep them apart"
-    return TrainingData(rows, measured.batches(len(held_out), settings.micro_batch_size), [*answers.notes, told])
+    batches = measured.batches(len(held_out), settings.micro_batch_size)
+    return TrainingData(rows, batches, [*answers.notes, told], answers.by)
 
 
 def _can_pack(model: Any, samples: Sequence[Sample]) -> bool:

@@ -2,17 +2,21 @@
 
 import json
 import random
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_cod import LayerScores, RunReport, load_texts, perplexity
 from hf_cod.cli.main import main
 from hf_cod.io.answers import answers_of, rows_of
 from hf_cod.io.models import embedded_model
 from hf_cod.io.text import embedded_text
+from tests.docs.pages import blocks, read
 from tests.io.test_chat import MARKS
 from tests.tiny_tokenizers import gpt_like
 from tests.tiny_training import dies_in_step_five
@@ -69,6 +73,52 @@ def test_a_chat_is_learned_and_the_result_can_chat(whole, chat):
     assert perplexity(model, held_out) == pytest.approx(found["after"], rel=1e-4)
 
 
+def commands_of_the_page(folder, model, answers):
+    """Arguments of the page's three commands for a model of the test, in a folder with 40 chats."""
+    lines = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in answers.items()
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) * (40 // len(lines)))
+    section = read("docs/how-to/finetune.md").partition("## Chats")[2]
+    (folder / "chat.jinja").write_text(blocks(section, "jinja")[0])
+    found = [shlex.split(line) for line in blocks(section, "sh")[0].strip().splitlines()]
+    return [[model if word == "Qwen/Qwen2.5-0.5B-Instruct" else word for word in line[1:]] for line in found]
+
+
+def answer_in_a_fresh_process(ask):
+    done = subprocess.run([sys.executable, *ask], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+ANSWERS = {"Who are you?": "I am Anne Elliot.", "Where is she?": "She is at Lyme."}
+
+
+@pytest.mark.process
+def test_the_commands_of_the_page_give_the_answer_of_the_file(mixture, tmp_path, monkeypatch):
+    """A small stock model without a chat template learns two chats by heart."""
+    monkeypatch.chdir(tmp_path)
+    fits, train, ask = commands_of_the_page(tmp_path, mixture, ANSWERS)
+    assert main(fits) == 0
+    learn = "--method full --learning-rate 3e-3 --steps 40 --batch-size 4 --sequence-length 64 --eval-samples 4"
+    learn += " --dtype float32 --device cpu --no-plots"
+    assert main([*train, "--chat-template", "chat.jinja", *learn.split()]) == 0
+    assert answer_in_a_fresh_process(ask) == str({"role": "assistant", "content": ANSWERS["Who are you?"]})
+    answer = pipeline("text-generation", "tuned-chat")([{"role": "user", "content": "Where is she?"}])
+    assert answer[0]["generated_text"][-1]["content"] == ANSWERS["Where is she?"]
+
+
+@pytest.mark.process
+def test_the_commands_of_the_page_teach_a_chat_model(smollm2, tmp_path, monkeypatch):
+    """With the chat template of the model, which marks no answers."""
+    monkeypatch.chdir(tmp_path)
+    fits, train, ask = commands_of_the_page(tmp_path, smollm2, {"Who are you?": "I am Anne Elliot."})
+    assert main([*fits, "--sequence-length", "64"]) == 0
+    learn = "--method lora --learning-rate 1e-3 --steps 12 --batch-size 4 --sequence-length 64 --eval-samples 4"
+    assert main([*train, *learn.split(), "--device", "cpu", "--no-plots"]) == 0
+    assert answer_in_a_fresh_process(ask) == str({"role": "assistant", "content": "I am Anne Elliot."})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["owlore-peft", "lora", "lisa"])
 def test_other_methods_learn_chats(method, chat, tmp_path):
@@ -82,9 +132,16 @@ def test_other_methods_learn_chats(method, chat, tmp_path):
 
 
 @pytest.mark.process
-def test_a_killed_run_on_packed_chats_ends_as_one_that_was_not(whole, chat, tmp_path):
+def test_a_killed_run_on_packed_chats_ends_as_one_that_was_not(whole, chat, tmp_path, capsys):
     command = ["finetune", MODEL, *chat, *QUICK.split(), "--output"]
     dies_in_step_five([*command, str(tmp_path / "killed")])
+    settings = tmp_path / "killed" / "settings.json"
+    noted = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**noted, "answers_by": "prefixes"}))  # as without TRL, which was installed since
+    assert main([*command, str(tmp_path / "killed")]) == 2
+    assert "answers_by: expected 'prefixes', as in the run in " in capsys.readouterr().err
+    assert noted.pop("answers_by") == "marks"
+    settings.write_text(json.dumps(noted))  # as an earlier version wrote it
     assert main([*command, str(tmp_path / "killed")]) == 0
     weights, resumed = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "killed"))
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
@@ -109,6 +166,28 @@ def test_the_printed_script_trains_by_trl(method, checkpoint, capsys):
     namespace = {}
     exec(printed.replace("bf16=False", "bf16=False, use_cpu=True, report_to=[]"), namespace)
     assert (checkpoint / "out" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_the_printed_script_leaves_no_option_out(chat, tmp_path, capsys):
+    """It has them, or the command refuses them."""
+    command = ["finetune", MODEL, *chat, "--print-trl", "--output", str(tmp_path / "out")]
+    options = (
+        "--scale 0.5 --moments 8bit --deselected keep --rounding nearest --exclude down_proj --n-active 2 --rank 8"
+    )
+    assert main([*command, *options.split(), "--dtype", "bfloat16", "--save-every", "20", "--log-every", "5"]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        *("scale=0.5", "moments='8bit'", "deselected='keep'", "rounding='nearest'", "exclude=['down_proj']"),
+        *("n_active=2", "rank=8", "{'dtype': 'bfloat16'}", "save_steps=20", "logging_steps=5"),
+    ):
+        assert word in printed
+    for refused in (
+        *("--eval-samples 8", "--passes 2", "--score fisher", "--device cpu"),
+        *("--method lora --exclude down_proj", "--method full --include down_proj", "--method galore"),
+    ):
+        assert main([*command, *refused.split()]) == 2
+        error = capsys.readouterr().err
+        assert "print_trl" in error and error.count("\n") == 1
 
 
 def test_without_a_template_one_line_says_how_to_name_one(chat, tmp_path, capsys):
