@@ -85,13 +85,14 @@ def _nearest(layer: Layer, s: float, multiple: int) -> Widths:
     heads = {min(max(round_(exact), 1), layer.full.heads) for round_ in (math.floor, math.ceil)}
     options = [_completed(layer, h, s, target - h * layer.a, multiple) for h in sorted(heads)]
     slack = layer.b * multiple / 2 if layer.full.channels else layer.a / 2
-    if layer.full.experts:  # a multiple of their channels may weigh more than a head
-        step = layer.d * layer.multiple_of_experts(multiple)
-        slack = min(step, layer.a or step) / 2
+    if layer.full.experts:
+        slack = layer.d * layer.multiple_of_experts(multiple) / 2
 
     def off(widths: Widths) -> tuple[bool, float, float]:
         miss = abs(layer.count(widths) - target)
-        return miss > slack * (1 + ROUNDING), abs(widths.heads - exact), miss
+        # A multiple of the channels of experts may weigh more than a head, and leave the layer intact.
+        least = min(slack, layer.a / 2) if layer.full.experts and layer.a and widths == layer.full else slack
+        return miss > least * (1 + ROUNDING), abs(widths.heads - exact), miss
 
     candidates = sorted(options, key=off)
     # If no option meets the share, the nearest one is taken.

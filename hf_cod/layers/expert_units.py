@@ -99,6 +99,12 @@ def expert_units(layer: nn.Module, width: int) -> list[list[ExpertUnits]]:
     return sorted(found, key=lambda options: -options[0].weights * options[0].count)
 
 
+def other_sets(layer: nn.Module, chosen: ExpertUnits) -> list[str]:
+    """Names of the sets of experts of a layer beside the one of these units."""
+    sets = {one.name: {matrix.name for matrix in one.matrices} for one in expert_sets(layer, _ROOT)}
+    return [name.removeprefix(f"{_ROOT}.") for name, own in sets.items() if f"{_ROOT}.{chosen.writer}" not in own]
+
+
 _ROOT = "layer"
 
 
