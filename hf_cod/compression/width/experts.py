@@ -53,9 +53,6 @@ def cut_experts(
     tensors = _tensors(stack, own, chosen)
     check_finite(tensors, "expert channels")
     changes = set_experts(stack.model, own, number, tensors)
-    for linear in own.linears.get(own.writer, []):
-        if f"{linear}.bias" in tensors:
-            changes[linear]["bias"] = 1
     error = None if sums is None or unseen == [own.writer] else lost / energy if energy > 0 else 0.0
     return changes, error, unseen
 
