@@ -90,7 +90,9 @@ def _nearest(layer: Layer, s: float, multiple: int) -> Widths:
 
     def off(widths: Widths) -> tuple[bool, float, float]:
         miss = abs(layer.count(widths) - target)
-        return miss > slack * (1 + ROUNDING), abs(widths.heads - exact), miss
+        # A multiple of the channels of experts may weigh more than a head, and leave the layer intact.
+        least = min(slack, layer.a / 2) if layer.full.experts and layer.a and widths == layer.full else slack
+        return miss > least * (1 + ROUNDING), abs(widths.heads - exact), miss
 
     candidates = sorted(options, key=off)
     # If no option meets the share, the nearest one is taken.

@@ -99,6 +99,12 @@ def expert_units(layer: nn.Module, width: int) -> list[list[ExpertUnits]]:
     return sorted(found, key=lambda options: -options[0].weights * options[0].count)
 
 
+def other_sets(layer: nn.Module, chosen: ExpertUnits) -> list[str]:
+    """Names of the sets of experts of a layer beside the one of these units."""
+    sets = {one.name: {matrix.name for matrix in one.matrices} for one in expert_sets(layer, _ROOT)}
+    return [name.removeprefix(f"{_ROOT}.") for name, own in sets.items() if f"{_ROOT}.{chosen.writer}" not in own]
+
+
 _ROOT = "layer"
 
 
@@ -226,6 +232,12 @@ def set_experts(root: nn.Module, units: ExpertUnits, kept: int, tensors: Mapping
     """
     changes = sizes_of_experts(units, kept)
     own = [*units.parameters(root)]
+    there = {parameter for parameter, *_ in own}
+    for number, linear in enumerate(units.linears.get(units.writer, [])):
+        if f"{linear}.bias" in tensors:
+            changes[linear]["bias"] = 1
+            if f"{linear}.bias" not in there:
+                own.append((f"{linear}.bias", units.writer, number, "bias"))
     for parameter, name, expert, _ in own:
         tensor, shape = tensors.get(parameter), _shape(root, changes, units, parameter, name, expert)
         if tensor is None or tuple(tensor.shape) != shape:
@@ -235,7 +247,8 @@ def set_experts(root: nn.Module, units: ExpertUnits, kept: int, tensors: Mapping
     for parameter, _, expert, key in own:
         module_name, _, attribute = parameter.rpartition(".")
         module: Any = root.get_submodule(module_name)
-        set_parameter(module, attribute, tensors[parameter], getattr(module, attribute))
+        like = getattr(module, attribute)
+        set_parameter(module, attribute, tensors[parameter], module.weight if like is None else like)
         if expert is not None and key == "weight":
             set_shape(module, *turned(module, module.weight).shape)
     for name, numbers in units.numbers.items():
@@ -249,10 +262,10 @@ def _shape(
 ) -> tuple[int, ...]:
     """The shape of a parameter with the changed sizes."""
     module_name, _, attribute = parameter.rpartition(".")
-    p = root.get_parameter(parameter)
     sizes = changes.get(module_name, {})
     if expert is None:
-        return tuple(sizes.get(f"{attribute}.{place}", size) for place, size in enumerate(p.shape))
+        stored = root.get_parameter(parameter).shape
+        return tuple(sizes.get(f"{attribute}.{place}", size) for place, size in enumerate(stored))
     module = root.get_submodule(module_name)
     rows, columns = shape_of(module)
     rows, columns = sizes.get("out_features", rows), sizes.get("in_features", columns)

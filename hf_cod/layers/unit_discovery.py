@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.layers.expert_units import expert_units, sizes_of
+from hf_cod.layers.expert_units import ExpertUnits, expert_units, other_sets, sizes_of
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
 from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import is_linear, multiplies, shape_of
@@ -121,6 +121,8 @@ def _measured(taken: LayerCopy | NotRunError, has_experts: bool) -> LayerUnits:
         EXPERTS: "no matrix has columns that belong to single channels of an expert",
     }
     whole = [f"{_PARTS[k]} not narrowed: {reasons.get(k, nothing[k])}" for k in kinds if k not in chosen]
+    if isinstance(experts := chosen.get(EXPERTS), ExpertUnits) and isinstance(taken, LayerCopy):
+        whole += [f"{name}: not narrowed, beside a larger set of experts" for name in other_sets(taken.layer, experts)]
     return LayerUnits([chosen[kind] for kind in KINDS if kind in chosen], whole)
 
 
@@ -235,7 +237,7 @@ def _recorded(layer: nn.Module, plain_norms: bool) -> Iterator[list[_Call]]:
         return args[0] * weight if over_all else None
 
     # Matrices in a list are experts, or one of several attentions.
-    lists = [name for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [name for name, module in layer.named_modules() if isinstance(module, (nn.ModuleList, nn.ModuleDict))]
     handles = []
     for name, module in layer.named_modules():
         if is_linear(module) and not any(name.startswith(f"{each}.") for each in lists):

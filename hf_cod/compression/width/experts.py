@@ -35,7 +35,7 @@ def cut_experts(
     Raises:
         ValueError: NaN or infinity; the layer is left unchanged.
     """
-    if not own.linears and own.writer not in own.biases and select.compensation == "bias":
+    if lacks_bias(own) and select.compensation == "bias":
         select = Selection(select.method, "none", select.taylor)
     chosen, unseen, lost, energy = [], [], 0.0, 0.0
     for expert in range(own.experts):
@@ -53,11 +53,13 @@ def cut_experts(
     tensors = _tensors(stack, own, chosen)
     check_finite(tensors, "expert channels")
     changes = set_experts(stack.model, own, number, tensors)
-    for linear in own.linears.get(own.writer, []):
-        if f"{linear}.bias" in tensors:
-            changes[linear]["bias"] = 1
     error = None if sums is None or unseen == [own.writer] else lost / energy if energy > 0 else 0.0
     return changes, error, unseen
+
+
+def lacks_bias(own: ExpertUnits) -> bool:
+    """Whether these are experts of a bank that has no place for biases of its outputs."""
+    return not own.linears and own.writer not in own.biases
 
 
 def _sum_of(sums: Sums | None, own: ExpertUnits, expert: int) -> Tensor | None:

@@ -59,7 +59,7 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
                 setattr(stack.config, name, value)
             with torch.device("meta"):
                 built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
-            adopted = _adopt(units, model, built)
+            adopted = _adopt(units, kept, model, built)
             alike = not any(differences(dict(walk(model, "model")), dict(walk(built, "model"))))
             said = alike and _buffers(model) == _buffers(built)
         except Exception:  # each family refuses sizes with another error
@@ -85,22 +85,28 @@ def _without_views(model: Any) -> None:
             module.config = viewed
 
 
-def _adopt(units: Sequence[LayerUnits], model: nn.Module, built: nn.Module) -> list[tuple[nn.Module, str, int]]:
-    """Numbers of modules with experts that the config determines and that no forward pass needs, such as the size of a
-    matrix beside the matrix; fewer channels equal zeroed ones without them.
+def _adopt(
+    units: Sequence[LayerUnits], kept: Sequence[Mapping[str, int]], model: nn.Module, built: nn.Module
+) -> list[tuple[nn.Module, str, int]]:
+    """Sets numbers of modules with experts that the config determines and that no forward pass needs, such as the size
+    of a matrix beside the matrix; fewer channels equal zeroed ones without them. Only numbers that have fallen as the
+    channels have are set: others would be differences of other kinds.
 
     Returns:
         (module, attribute, value before) of each.
     """
-    matrices = [name for layer in units for own in layer.found if isinstance(own, ExpertUnits) for name in own.matrices]
-    banks = {name.rpartition(".")[0] for name in matrices}
-    banks |= {name.rpartition(".")[0] for name in banks}
+    banks: dict[str, tuple[int, int]] = {}
+    for layer, less in zip(units, kept, strict=True):
+        for own in (own for own in layer.found if isinstance(own, ExpertUnits) and own.kind in less):
+            places = {name.rpartition(".")[0] for name in own.matrices}
+            places |= {name.rpartition(".")[0] for name in places}
+            banks |= dict.fromkeys(places, (own.count, less[own.kind]))
     before: list[tuple[nn.Module, str, int]] = []
-    for name in sorted(banks):
+    for name, (count, number) in banks.items():
         mine, other = model.get_submodule(name), built.get_submodule(name)
         for key, value in [*vars(mine).items()]:
             there = vars(other).get(key)
-            if type(value) is int and type(there) is int and value != there:
+            if type(value) is int and type(there) is int and value != there and value * number == there * count:
                 before.append((mine, key, value))
                 setattr(mine, key, there)
     return before

@@ -6,15 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from hf_cod.compression.width.experts import lacks_bias
 from hf_cod.compression.width.width_plan import WidthPlan
 from hf_cod.io.report import RunReport
 from hf_cod.layers.checks import name_of, pruned_matrices, sizes_of
 from hf_cod.layers.devices import environment_of
+from hf_cod.layers.expert_units import ALIGNED, ExpertUnits
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.module_choice import in_layers
 from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.units import KINDS, LayerUnits
+from hf_cod.layers.units import EXPERTS, KINDS, LayerUnits
 
 STOCK = "The result is a stock model: transformers loads it without this package."
 NOT_STOCK = (
@@ -77,6 +79,7 @@ class WidthReporter:
             notes=[
                 *self.notes,
                 *_told_whole(self.units),
+                *self._told_of_experts(plan, kept, settings["compensation"]),
                 *(
                     f"no token entered {matrix}: narrowed by magnitude, without compensation"
                     for matrix in _told(unseen)
@@ -99,6 +102,20 @@ class WidthReporter:
             **{name: values for name, values in found.items() if any(value is not None for value in values)},
             "parameters": self.sizes,
         }
+
+    def _told_of_experts(self, plan: WidthPlan, kept: Sequence[dict[str, int]], compensation: str) -> list[str]:
+        """Notes on experts whose number of channels is rounded to all of them, and on those without compensation."""
+        rounded, uncompensated = [], []
+        planned = plan.expert_channels or [None] * len(kept)
+        for index, (layer, less, number) in enumerate(zip(self.units, kept, planned, strict=True)):
+            own = layer[EXPERTS]
+            if isinstance(own, ExpertUnits) and EXPERTS not in less and number is not None:
+                rounded.append(index)
+            elif isinstance(own, ExpertUnits) and EXPERTS in less and compensation == "bias" and lacks_bias(own):
+                uncompensated.append(index)
+        whole = f"experts keep all channels, whose number is rounded to a multiple of {ALIGNED} or more"
+        missing = "banks of experts have no biases: their compensation is none instead of bias"
+        return [f"{in_layers(found)}: {why}" for found, why in ((rounded, whole), (uncompensated, missing)) if found]
 
     def _filled(self) -> list[str]:
         """A note if pruned matrices have lost their zeros."""

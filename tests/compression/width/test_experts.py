@@ -1,12 +1,15 @@
 """Channels of experts: fewer equal zeroed ones, each expert chooses its own, and a reload is equal."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, SwitchTransformersConfig
 
 from hf_cod import WidthPlan, find_decoder_layers, narrow, plan_width
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.layers.units import EXPERTS
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import MIXTURE_TYPES, batch_for, build_mixture, outputs
 
 FAST = ("mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "deepseek_v3")
@@ -88,3 +91,89 @@ def test_numbers_that_kernels_do_not_take_are_refused():
     model = build_mixture("mixtral")
     with pytest.raises(ValueError, match=r"expert_channels: expected a multiple of 8, .* in 8\.\.96 in layer 0"):
         narrow(model, WidthPlan(0.7, [None] * 4, [None] * 4, "mine", expert_channels=[12] * 4), "magnitude", "none")
+
+
+@pytest.mark.parametrize("compensation", ["least_squares", "bias"])
+def test_experts_in_a_list_of_modules(compensation, tmp_path):
+    """Switch Transformers has a dict of MLPs without biases; each gets one of its own."""
+    sparse = {"num_layers": 2, "num_decoder_layers": 1, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1}
+    config = SwitchTransformersConfig(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=4, decoder_start_token_id=0, **sparse
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    ids = torch.randint(3, 99, (3, 40), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    plan = WidthPlan(0.5, [None] * 2, [None] * 2, "mine", expert_channels=[24, 40])
+    options = {"batches": [batch], "layers_path": "encoder.block", "journal": tmp_path / "journal"}
+    again = deepcopy(model)
+    intact = {name: p.clone() for name, p in model.named_parameters()}
+    report = narrow(model, plan, "fluctuation", compensation, **options)
+    assert not any("their compensation is none" in note for note in report.notes)
+    for layer, number in enumerate((24, 40)):
+        chosen = set()
+        for expert in range(4):
+            name = f"encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}"
+            wi, wo = model.get_submodule(f"{name}.wi"), model.get_submodule(f"{name}.wo")
+            assert (wi.out_features, wo.in_features) == (number, number)
+            rows = [(intact[f"{name}.wi.weight"] == row).all(1).nonzero().item() for row in wi.weight]
+            chosen.add(tuple(rows))
+            if compensation == "bias":
+                assert torch.equal(wo.weight, intact[f"{name}.wo.weight"][:, rows]) and wo.bias.abs().sum() > 0
+            else:
+                assert wo.bias is None
+        assert len(chosen) == 4
+    narrow(again, plan, "fluctuation", compensation, **options)  # from the journal
+    model.save_pretrained(tmp_path)
+    for other in (again, AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(other(**batch).logits, model(**batch).logits)
+        assert all(torch.equal(p, model.get_parameter(name)) for name, p in other.named_parameters())
+        assert len([*other.parameters()]) == len([*model.parameters()])
+
+
+def test_what_is_left_is_named():
+    model = build_mixture("mixtral")
+    plan = WidthPlan(0.7, [2] * 4, [None] * 4, "mine", expert_channels=[96, 48, 48, 48])
+    notes = narrow(model, plan, "fluctuation", "bias", batches=[batch_for(model)]).notes
+    assert "layer 0: experts keep all channels, whose number is rounded to a multiple of 8 or more" in notes
+    assert "layers 1 to 3: banks of experts have no biases: their compensation is none instead of bias" in notes
+    model = build_mixture("jetmoe")  # attention has a bank of its own
+    plan = WidthPlan(0.7, [None] * 4, [None] * 4, "mine", expert_channels=[48] * 4)
+    notes = narrow(model, plan, "magnitude", "none").notes
+    assert "layers 0 to 3: self_attention.experts: not narrowed, beside a larger set of experts" in notes
+
+
+FRESH = """
+import sys
+path, own = sys.argv[1:]
+if own == "cod":
+    import hf_cod
+else:
+    sys.modules["hf_cod"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+found = torch.load(f"{path}/found.pt")
+with torch.no_grad():
+    torch.testing.assert_close(model(found["ids"]).logits, found["logits"])
+cached, uncached = (model.generate(found["ids"], max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
+assert torch.equal(cached, uncached) and torch.equal(cached, found["generated"])
+"""
+
+
+@pytest.mark.process
+def test_a_real_mixture_in_a_process_of_its_own(mixture, tmp_path):
+    ids = torch.randint(5, 4000, (2, 12), generator=torch.Generator().manual_seed(0))
+    for own, numbers in (("stock", [96] * 7), ("cod", [64, 72, 80, 88, 96, 104, None])):
+        model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).eval()
+        plan = WidthPlan(0.8, [None] * 7, [None] * 7, "mine", expert_channels=numbers)
+        report = narrow(model, plan, batches=[{"input_ids": ids}])
+        assert report.results["stock"] == (own == "stock")
+        folder = tmp_path / own
+        model.save_pretrained(folder)
+        generated = model.generate(ids, max_new_tokens=6, do_sample=False)
+        with torch.no_grad():
+            torch.save({"ids": ids, "logits": model(ids).logits, "generated": generated}, folder / "found.pt")
+        done = run_fresh(FRESH, folder, own)
+        assert done.returncode == 0, done.stderr[-2000:]
