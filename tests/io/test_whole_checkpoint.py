@@ -130,6 +130,25 @@ class TinyForCausalLM(LlamaForCausalLM):
         out.logits = scaled(out.logits, self.config.gain)
         return out
 """,
+    # Of another head: transformers copies only the code of the class that it has loaded.
+    "pooling.py": """
+def last(states):
+    return states[:, -1]
+""",
+    "classifying_tiny.py": """
+from transformers import LlamaForSequenceClassification
+
+from .configuration_tiny import TinyConfig
+from .pooling import last
+
+
+class TinyForSequenceClassification(LlamaForSequenceClassification):
+    config_class = TinyConfig
+""",
+}
+HEADS = {
+    "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+    "AutoModelForSequenceClassification": "classifying_tiny.TinyForSequenceClassification",
 }
 RUN = """
 import sys, torch
@@ -153,7 +172,7 @@ def remote(path):
     gpt_like().save_pretrained(path)
     for name, code in CODE.items():
         (path / name).write_text(code)
-    auto_map = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    auto_map = {"AutoConfig": "configuration_tiny.TinyConfig", **HEADS}
     edit(path / "config.json", model_type="tiny_remote", architectures=["TinyForCausalLM"], auto_map=auto_map)
 
 
