@@ -19,7 +19,7 @@ _EXCLUDED = dict.fromkeys(["prune", "sparsegpt", "quantize", "compensated", "fac
 PART = {
     "llama": {},
     "mamba": {**_EXCLUDED, "narrow": "refused"},
-    "mixtral": {**_EXCLUDED, "factorize": "refused", "whitened": "refused", "narrow": "refused"},
+    "mixtral": {**_EXCLUDED, "factorize": "refused", "whitened": "refused"},
     "seq2seq/t5": {**_EXCLUDED, "narrow": "refused"},
     "encoder/bert": {},
     "vision/vit": {},

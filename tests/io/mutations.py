@@ -53,7 +53,7 @@ RECORDS = {
         [[0.9, 4.1, {"rank": 0.3}]],
         ["note"],
     ),
-    "width_plan": WidthPlan(0.7, [2, None], [16, 32], "given", "m", [10, 20]),
+    "width_plan": WidthPlan(0.7, [2, None], [16, 32], "given", "m", [10, 20], [8, None]),
     "rank_plan": RankPlan("parameter_share", 0.7, {"model.layers.0.mlp.up_proj": 3}, "fisher", {}, "m", [10, 20]),
 }
 

@@ -79,7 +79,7 @@ def test_a_network_that_fails_at_the_tokenizer_writes_nothing(error, tmp_path, m
 
     def cached_file(source, name, **options):
         asked.append(name)
-        if name == "tokenizer_config.json":
+        if name == "tokenizer.json":
             raise error
         return None
 
@@ -87,7 +87,7 @@ def test_a_network_that_fails_at_the_tokenizer_writes_nothing(error, tmp_path, m
     before = sorted(tmp_path.iterdir())
     assert cli(["convert", "stock", str(tmp_path / "source"), str(tmp_path / "stock")]) == 2
     told = capsys.readouterr().err
-    assert "hf-cod convert: error: source: expected an answer from the Hub for tokenizer_config.json of" in told
+    assert "hf-cod convert: error: source: expected an answer from the Hub for tokenizer.json of" in told
     assert str(error) in told
     assert len(asked) > 1 and sorted(tmp_path.iterdir()) == before
 

@@ -277,11 +277,8 @@ def _repeated(runs: Sequence[int]) -> list[str]:
     notes = []
     for count in sorted({count for count in runs if count > 1}):
         layers = [index for index, found in enumerate(runs) if found == count]
-        several = len(layers) > 1
-        notes.append(
-            f"layer{'s' if several else ''} {layer_ranges(layers)} ran {count} times in a forward pass; "
-            f"{'their' if several else 'its'} figures are means over these runs"
-        )
+        which = f"{'layer' if len(layers) == 1 else 'layers'} {layer_ranges(layers)}"
+        notes.append(f"{which} ran {count} times in a forward pass; figures are means over these runs")
     return notes
 
 

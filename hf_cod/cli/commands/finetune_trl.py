@@ -52,27 +52,12 @@ def script(
     chosen = read_rows(text)[1]
     if chosen.name == "instructions" or (chosen.name == "text" and chosen.left_out):
         raise ValueError(f"print_trl: expected messages, prompts with completions or texts, got {chosen.name}")
-    arguments: dict[str, Any] = {
-        "max_length": settings.sequence_length,
-        "max_steps": settings.total_steps,
-        "per_device_train_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
-        "learning_rate": settings.rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, settings.total_steps // 10),
-        "max_grad_norm": settings.max_grad_norm,
-        "bf16": settings.bf16,
-        "gradient_checkpointing": settings.checkpointing,
-        "model_init_kwargs": {"dtype": loading.dtype},
-        "save_steps": settings.save_every,
-        "logging_steps": settings.log_every,
-    }
     loss: dict[str, dict[str, Any]] = {
         "conversations": {"assistant_only_loss": True},
         "prompts and completions": {"completion_only_loss": True},
         "text": {"dataset_text_field": chosen.columns[0]},
     }
-    arguments |= {**loss[chosen.name], "seed": sampling.seed}
+    arguments = {**_arguments(loading, settings), **loss[chosen.name], "seed": sampling.seed}
     arguments |= {} if text.chat_template is None else {"chat_template_path": text.chat_template}
     imports, last = _method(settings, sampling, scores_file or str(Path(output) / "scores.json"))
     rows = f"load_dataset({text.text!r}, {text.text_config!r}, split={text.text_split!r})"
@@ -87,6 +72,25 @@ def script(
             f"SFTTrainer({model!r}, arguments, train_dataset=dataset{last}).train()",
         ]
     )
+
+
+def _arguments(loading: ModelSettings, settings: TrainingSettings) -> dict[str, Any]:
+    """The arguments of `SFTConfig` that do not depend on the text."""
+    return {
+        "max_length": settings.sequence_length,
+        "max_steps": settings.total_steps,
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, settings.total_steps // 10),
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.bf16,
+        "gradient_checkpointing": settings.checkpointing,
+        "model_init_kwargs": {"dtype": loading.dtype},
+        "save_steps": settings.save_every,
+        "logging_steps": settings.log_every,
+    }
 
 
 def _check_complete(loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings) -> None:

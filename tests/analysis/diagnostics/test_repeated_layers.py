@@ -125,7 +125,7 @@ def test_figures_are_means_over_the_runs_of_a_layer(make, path, token):
 def test_the_report_says_how_often_a_layer_ran():
     report = diagnose(build_type("dory"), batches=[{"input_ids": torch.arange(3, 11)[None]}], metrics=METRICS)
     assert report.results["runs"] == [1, 2, 2, 1]
-    assert report.notes == ["layers 1 to 2 ran 2 times in a forward pass; their figures are means over these runs"]
+    assert report.notes == ["layers 1 to 2 ran 2 times in a forward pass; figures are means over these runs"]
     assert report.results["angular_distance"][0][3] is None  # no run has all layers
 
 
