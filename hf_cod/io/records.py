@@ -101,8 +101,12 @@ def find_format(columns: Sequence[str], text_column: str) -> Format:
         left_out = tuple(dict.fromkeys([*others, *(c for c in INPUTS if others and c in columns and c != text_column)]))
         return Format("conversations" if text_column in chat else "text", (text_column,), left_out)
     if text_column != "text" or not found:
-        more = "" if text_column != "text" else f"; records have the columns {KNOWN}"
-        raise ValueError(f"text_column: expected one of {', '.join(columns)}, got {text_column!r}{more}")
+        if text_column != "text":
+            raise ValueError(f"text_column: expected one of {', '.join(columns)}, got {text_column!r}")
+        raise ValueError(
+            f"text_column: expected the column of plain text, or a file with the columns {KNOWN}; got the columns "
+            f"{', '.join(columns)}"
+        )
     if len(found) > 1:
         raise ValueError(
             f"text_column: expected columns of one format, got {' and '.join(name for name, _ in found)} (columns "
@@ -181,9 +185,10 @@ def _message(value: Any) -> Message:
     if "from" in found and "role" not in found:
         speaker = found.pop("from")
         found = {"role": SHARE_GPT.get(speaker, speaker) if isinstance(speaker, str) else speaker, **found}
-        found["content"] = found.pop("value", found.get("content", ""))
-    found.setdefault("content", "")  # of a call of tools
-    if not isinstance(found.get("role"), str) or not isinstance(found["content"], str | list):
+        found |= {"content": found.pop("value")} if "value" in found else {}
+    if found.get("role") == "assistant" or {"content", "value"} & {*value}:
+        found.setdefault("content", "")  # of a call of tools, or null
+    if not isinstance(found.get("role"), str) or not isinstance(found.get("content"), str | list):
         raise ValueError(f"the message {brief(value)}, which has no role and content")
     return found
 

@@ -12,7 +12,7 @@ from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.scoring.settings import GRANULARITIES
+from hf_cod.scoring.settings import GRANULARITIES, LOGARITHMS
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class LayerScores(JsonFile):
                 raise ValueError(f"parts: expected finite scores in {len(self.values)} layers, got {got}")
 
     def value_of(self, layer: int, names: Iterable[str]) -> float:
-        """The score of some matrices of a layer: of their parts the mean, weighted by parameters; else of the layer."""
+        """The score of some matrices of a layer: of their parts the mean, weighted by parameters; else of the layer.
+
+        If scores are logarithms of costs per weight (fisher, kl), the mean is that of the costs.
+        """
         wanted = {*names}
         counts = [
             (part.value, sum(size for name, size in part.sizes.items() if name in wanted))
@@ -86,7 +89,12 @@ class LayerScores(JsonFile):
             if part.layer == layer
         ]
         total = sum(count for _, count in counts)
-        return sum(value * count for value, count in counts) / total if total else self.values[layer]
+        if not total:
+            return self.values[layer]
+        if self.method not in LOGARITHMS:
+            return sum(value * count for value, count in counts) / total
+        largest = max(value for value, count in counts if count)
+        return largest + math.log(sum(math.exp(value - largest) * count for value, count in counts if count) / total)
 
     def check_read(self) -> None:
         """Checks the types of the settings that other steps read."""

@@ -74,6 +74,9 @@ METHODS = {
     "random": Method("a high random number from the seed, a baseline", ("seed", *_OF_PARTS), needs_weights=False),
 }
 
+# Methods whose scores of parts are logarithms of costs per weight.
+LOGARITHMS = ("fisher", "kl")
+
 
 @dataclass(frozen=True)
 class ExpertMethod:

@@ -65,6 +65,23 @@ def test_rows_lose_the_entries_that_other_rows_have(tmp_path):
     assert second.messages[1] == {**call, "content": ""} and second.answered
 
 
+def test_a_question_whose_content_has_another_name_is_refused():
+    by_messages, by_turns = (find_format([name], "text") for name in ("messages", "conversations"))
+    for chosen, asked in [
+        (by_messages, {"role": "user", "contents": "one"}),
+        (by_turns, {"from": "human", "values": "one"}),
+    ]:
+        rows = [{chosen.columns[0]: [asked, SAID]}]
+        with pytest.raises(ValueError, match=r"got in row 1 the message .*, which has no role and content$"):
+            list(records_of(rows, chosen, None, False))
+    (record,) = records_of([{"messages": [{**ASKED, "content": None}, SAID]}], by_messages, None, False)
+    assert record.messages == [{**ASKED, "content": ""}, SAID]
+    (record,) = records_of(
+        [{"conversations": [{"from": "human", "value": "one"}, {"from": "gpt"}]}], by_turns, None, False
+    )
+    assert record.messages == [ASKED, {**SAID, "content": ""}] and not record.answered
+
+
 @pytest.mark.parametrize("answer", [{"completion": " "}, {"completion": ""}, {"completion": None}])
 def test_records_without_an_answer(answer):
     (record,) = records_of([{"prompt": "one", **answer}], find_format(["prompt", "completion"], "text"), None, False)
@@ -90,7 +107,7 @@ def test_a_named_column_is_plain_text_and_says_what_it_leaves_out(tmp_path):
 
 
 def test_unknown_and_ambiguous_columns_are_refused_with_the_columns():
-    with pytest.raises(ValueError, match=r"^text_column: expected one of prompt, chosen, got 'text'; records .* text$"):
+    with pytest.raises(ValueError, match=r"^text_column: expected .* messages; .*; got the columns prompt, chosen$"):
         find_format(["prompt", "chosen"], "text")
     with pytest.raises(
         ValueError, match=r"got conversations and prompts and completions \(columns messages, prompt, co"

@@ -91,7 +91,7 @@ def test_texts_from_files(tmp_path):
     with pytest.raises(ValueError, match=r"texts: expected text, got the name of a file, '.*a\.txt'"):
         token_batches(gpt_like(), str(tmp_path / "a.txt"))
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.jsonl"), text_column="body"))) == ["x", "y"]
-    with pytest.raises(ValueError, match="text_column: expected one of body, got 'text'"):
+    with pytest.raises(ValueError, match=r"text_column: expected .*; got the columns body$"):
         load_texts(TextSettings(text=str(tmp_path / "a.jsonl")))
     (tmp_path / "cut.jsonl").write_text('{"text": "x"}\n{"te')
     with pytest.raises(

@@ -18,6 +18,7 @@ from hf_cod import (
 )
 from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.layers.parts import parts_of
+from hf_cod.scoring.layer_scores import PartScore
 from tests import references
 from tests.tiny_models import build
 
@@ -123,6 +124,16 @@ def test_the_matrices_with_the_highest_scores_get_four_bits():
     plan = plan_bits(m, 3.6, scores=scores)
     first = max(scores.parts, key=lambda part: part.value)
     assert {plan.bits[name] for name in first.sizes} == {4}
+
+
+def test_logarithms_of_costs_are_fused_as_costs():
+    """Costs of several matrices add up; their logarithms do not."""
+    parts = [PartScore(0, math.log(8.0), {"a.q_proj": 100}), PartScore(0, math.log(2.0), {"a.k_proj": 50})]
+    fisher, owl = (
+        LayerScores("m", name, [0.0], [150], granularity="module", parts=parts) for name in ("fisher", "owl")
+    )
+    assert fisher.value_of(0, ["a.q_proj", "a.k_proj"]) == pytest.approx(math.log((8 * 100 + 2 * 50) / 150))
+    assert owl.value_of(0, ["a.q_proj", "a.k_proj"]) == pytest.approx((math.log(8) * 100 + math.log(2) * 50) / 150)
 
 
 def test_quantize_by_an_allocation_of_matrices():
