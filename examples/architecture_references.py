@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,27 +188,27 @@ def generates_alike(case: Case, model: Any) -> str | None:
     """Requires the same generation with a cache as without, if the intact model has that."""
     if not isinstance(model, GenerationMixin) or not model.can_generate():
         return None
-    if not _generates(case):
+    intact = _cache_difference(case)
+    if intact > ROUNDING:
         return "the intact model generates otherwise with a cache, or not at all"
     difference = distance(_generated(case, model, True), _generated(case, model, False))
     if difference > ROUNDING and not case.images:  # layers that run dozens of times (HRM) sum up more rounding
         exact = copy.deepcopy(model).double()
         difference = distance(_generated(case, exact, True), _generated(case, exact, False))
-    require(difference <= ROUNDING, f"generation with a cache differs by {difference:.1e}")
+    # Linear attention computes in float32 in any dtype: there the intact model is as near to the limit.
+    limit = max(ROUNDING, 3 * intact)
+    require(difference <= limit, f"generation with a cache differs by {difference:.1e}")
     return None
 
 
 @cache
-def _generates(case: Case) -> bool:
-    """Whether the intact model generates the same with a cache as without."""
+def _cache_difference(case: Case) -> float:
+    """How much the logits of the intact model, as it generates, differ with a cache; infinite if it cannot."""
     try:
-        for seed in (0, 1, 2):  # a choice of the best tokens or experts is equal for some weights only
-            intact = case.build(seed)
-            if distance(_generated(case, intact, True), _generated(case, intact, False)) > ROUNDING:
-                return False
+        models = map(case.build, (0, 1, 2))  # a choice of the best tokens or experts is equal for some weights only
+        return max(distance(_generated(case, intact, True), _generated(case, intact, False)) for intact in models)
     except Exception:  # whatever transformers raises where a model requires more than the inputs of forward
-        return False
-    return True
+        return math.inf
 
 
 @torch.no_grad()
