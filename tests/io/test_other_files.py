@@ -95,7 +95,9 @@ def test_load_texts(name, others):
 
 def test_load_texts_of_rows_without_the_column(others):
     pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match=r"^text_column: expected one of format, got 'text'"):
+    with pytest.raises(
+        ValueError, match=r"^text_column: expected the column of plain text, .*; got the columns format"
+    ):
         list(load_texts(text=str(others["other.json"])))
 
 
