@@ -35,6 +35,24 @@ class PartScore:
         return sum(self.sizes.values())
 
 
+def mean_score(method: str, counts: Iterable[tuple[float, int]], default: float) -> float:
+    """The mean of (score, number of weights), weighted by these; of logarithms of costs that of the costs.
+
+    Args:
+        method: the method of the scores.
+        counts: scores of parts.
+        default: the score if there are no weights.
+    """
+    some = [(value, count) for value, count in counts if count]
+    total = sum(count for _, count in some)
+    if not total:
+        return default
+    if method not in LOGARITHMS:
+        return sum(value * count for value, count in some) / total
+    largest = max(value for value, _ in some)
+    return largest + math.log(sum(math.exp(value - largest) * count for value, count in some) / total)
+
+
 @checked
 @dataclass(frozen=True)
 class LayerScores(JsonFile):
@@ -88,13 +106,7 @@ class LayerScores(JsonFile):
             for part in self.parts
             if part.layer == layer
         ]
-        total = sum(count for _, count in counts)
-        if not total:
-            return self.values[layer]
-        if self.method not in LOGARITHMS:
-            return sum(value * count for value, count in counts) / total
-        largest = max(value for value, count in counts if count)
-        return largest + math.log(sum(math.exp(value - largest) * count for value, count in counts if count) / total)
+        return mean_score(self.method, counts, self.values[layer])
 
     def check_read(self) -> None:
         """Checks the types of the settings that other steps read."""

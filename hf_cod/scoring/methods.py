@@ -123,7 +123,7 @@ def score_layers(
         parts = [] if granularity == "layer" else score_parts(request)
         used = {key: getattr(chosen, key) for key in row.settings if key != "granularity"} | request.found
         if parts:
-            values = means_of(parts, len(stack))
+            values = means_of(method, parts, len(stack))
         return LayerScores(name_of(stack), method, values, sizes, used, granularity, parts)
 
 

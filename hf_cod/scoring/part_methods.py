@@ -15,7 +15,7 @@ from hf_cod.functional.bits import BITS
 from hf_cod.io.text import split_samples
 from hf_cod.layers.parts import Part, parts_of
 from hf_cod.scoring.divergence_probe import DivergenceProbe
-from hf_cod.scoring.layer_scores import PartScore
+from hf_cod.scoring.layer_scores import PartScore, mean_score
 from hf_cod.scoring.request import PROBE_SAMPLES, TINY, Request, seen_matrices, statistics_of
 from hf_cod.scoring.settings import CODEBOOK
 
@@ -40,15 +40,11 @@ def score_parts(request: Request) -> list[PartScore]:
     ]
 
 
-def means_of(parts: Sequence[PartScore], layers: int) -> list[float]:
-    """The mean score of each layer, weighted by parameters; of a layer without parts the least of all."""
+def means_of(method: str, parts: Sequence[PartScore], layers: int) -> list[float]:
+    """The mean score of each layer (`mean_score`); of a layer without parts the least of all."""
     least = min(part.value for part in parts)
-    means = []
-    for index in range(layers):
-        found = [(part.value, part.weights) for part in parts if part.layer == index]
-        total = sum(weights for _, weights in found)
-        means.append(sum(value * weights for value, weights in found) / total if total else least)
-    return means
+    found = [[(part.value, part.weights) for part in parts if part.layer == index] for index in range(layers)]
+    return [mean_score(method, counts, least) for counts in found]
 
 
 def _owl(request: Request, parts: Sequence[Part]) -> list[float]:
@@ -73,25 +69,20 @@ def _weight_norm(request: Request, parts: Sequence[Part]) -> list[float]:
 
 
 def _fisher(request: Request, parts: Sequence[Part]) -> list[float]:
-    """ln of the cost per weight, since the cost of a part grows with its size."""
     assert request.batches is not None
     costs = measure_loss_weights(request.stack, request.batches, show_progress=request.show_progress)
-    sizes = {name: W.numel() for i in range(len(request.stack)) for name, W in request.stack.matrices(i)}
-    values = []
-    for part in parts:
-        cost = sum(costs.get(name, 0.0) for name in part.names)
-        values.append(math.log(max(cost / max(sum(sizes[name] for name in part.names), 1), TINY)))
-    return values
+    return _logarithms(request, parts, [sum(costs.get(name, 0.0) for name in part.names) for part in parts])
 
 
 def _kl(request: Request, parts: Sequence[Part]) -> list[float]:
-    """ln of the divergence per weight."""
+    return _logarithms(request, parts, divergences(request, parts))
+
+
+def _logarithms(request: Request, parts: Sequence[Part], costs: Sequence[float]) -> list[float]:
+    """ln of the cost per weight, since the cost of a part grows with its size."""
     sizes = {name: W.numel() for i in range(len(request.stack)) for name, W in request.stack.matrices(i)}
-    costs = divergences(request, parts)
-    return [
-        math.log(max(cost / max(sum(sizes[name] for name in part.names), 1), TINY))
-        for cost, part in zip(costs, parts, strict=True)
-    ]
+    weights = [max(sum(sizes[name] for name in part.names), 1) for part in parts]
+    return [math.log(max(cost / count, TINY)) for cost, count in zip(costs, weights, strict=True)]
 
 
 def divergences(request: Request, parts: Sequence[Part]) -> list[float]:
