@@ -256,8 +256,6 @@ def _of_bank(name: str, module: nn.Module) -> list[ExpertMatrix]:
     """The matrices that a module holds as parameters of its own. Other 3-D parameters are heads, blocks of a matrix or
     kernels of a convolution.
     """
-    if is_linear_like(module):
-        return []
     own = {key: p for key, p in parameters_of(module) if p.dim() in (2, 3)}
     counts = {value for key, value in vars(module).items() if "expert" in key and type(value) is int}
     banked = {key: p for key, p in own.items() if p.dim() == 3 and p.shape[0] in counts}

@@ -279,13 +279,22 @@ def test_drop_where_the_config_counts_or_describes_layers_in_a_second_field(kind
         "bart": {"d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
         "marian": {"d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
         "prophetnet": {"hidden_size": 32, "num_encoder_layers": 4, "num_decoder_layers": 4},
-        "gpt_neo": {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+        "gpt_neo": {
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_heads": 4,
+            "window_size": 2,
+            "attention_types": [[["global", "local"], 2]],
+        },
     }[kind]
     if kind == "prophetnet":
         sizes |= {"num_decoder_attention_heads": 4, "decoder_ffn_dim": 64}
     ids = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **ids)).eval()
-    dropped(model, [1], tmp_path)
+    config = dropped(model, [1], tmp_path).config
+    if kind == "gpt_neo":  # readers of either field see the same layers
+        assert config.expand_attention_types_params(config.attention_types) == ["global", "global", "local"]
+        assert config.attention_layers == ["global", "global", "local"]
 
 
 def test_drop_renumbers_overrides_by_layer(tmp_path):

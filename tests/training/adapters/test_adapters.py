@@ -15,7 +15,7 @@ from hf_cod.training.adapters import registry
 from hf_cod.training.owlore.increment import Increment
 from tests.compression.quantization.matrices import mixed
 from tests.fresh_processes import run_fresh
-from tests.tiny_models import batch_for, build
+from tests.tiny_models import batch_for, build, build_mixture
 from tests.training.owlore.references import galore
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -617,6 +617,13 @@ def test_each_adapter_has_an_effect(kind, excluded, caplog):
     if excluded:
         with pytest.raises(ValueError, match=f"target_modules: expected other matrices than .*{excluded}"):
             get_peft_model(of_family(kind), OwLoreConfig(r=4, target_modules=[excluded]))
+
+
+def test_a_matrix_that_is_applied_by_groups_gets_no_adapter(caplog):
+    model = get_peft_model(build_mixture("deepseek_v4"), OwLoreConfig(r=4))
+    adapted = [name for name, m in model.named_modules() if isinstance(m, Increment)]
+    assert any("o_b_proj" in name for name in adapted) and not any("o_a_proj" in name for name in adapted)
+    assert "o_a_proj gets no adapter: a DeepseekV4GroupedLinear, which computes something else" in caplog.text
 
 
 def test_a_first_gradient_through_a_change_in_place():
