@@ -77,6 +77,8 @@ if TYPE_CHECKING:
     from hf_cod.models import fold_lns as fold_lns
     from hf_cod.models import from_authors as from_authors
     from hf_cod.models import llama_preset as llama_preset
+    from hf_cod.models import to_gpas as to_gpas
+    from hf_cod.models import to_layer_scale as to_layer_scale
     from hf_cod.models import to_lns as to_lns
     from hf_cod.reporting.comparison import Comparison as Comparison
     from hf_cod.reporting.comparison import compare as compare
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from hf_cod.training.owlore.settings import OwLoreSettings as OwLoreSettings
     from hf_cod.training.owlore.settings import SamplerSettings as SamplerSettings
     from hf_cod.training.owlore.trainer_arguments import owlore as owlore
+    from hf_cod.training.pretraining.annealing import LnsAnnealing as LnsAnnealing
 
 # Public name -> the module that defines it. Modules are imported on first use of a name, so that `import hf_cod` and
 # `--help` load neither torch nor transformers.
@@ -129,6 +132,7 @@ _HOMES = {
     "LayerSampler": "training.owlore.sampling",
     "LayerScores": "scoring.layer_scores",
     "LayerStatistics": "analysis.statistics.layer_statistics",
+    "LnsAnnealing": "training.pretraining.annealing",
     "LoraRankSettings": "training.owlore.settings",
     "MeasurementError": "analysis.diagnostics.diagnosis",
     "MonitorSettings": "analysis.monitoring.settings",
@@ -197,6 +201,8 @@ _HOMES = {
     "score_layers": "scoring.methods",
     "skip": "layers.removal.drop",
     "split_samples": "io.text",
+    "to_gpas": "models",
+    "to_layer_scale": "models",
     "to_lns": "models",
     "token_batches": "io.text",
 }

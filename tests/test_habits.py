@@ -63,6 +63,13 @@ def test_lines_of_the_changelog_are_short():
     assert not [number for number, line in enumerate(CHANGELOG.splitlines(), 1) if len(line) > 120]
 
 
+def test_no_merge_left_its_marks():
+    texts = [path for suffix in ("md", "py", "toml", "yml") for path in ROOT.rglob(f"*.{suffix}")]
+    ours = [path for path in texts if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    marked = re.compile(r"^(<{7}|>{7}|\|{7}) ", re.M)
+    assert not [path for path in ours if marked.search(path.read_text(encoding="utf-8"))]
+
+
 def test_one_version():
     released = re.findall(r"^## \[(\d[\d.]*)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, re.M)
     assert released[0][0] == hf_cod.__version__

@@ -118,6 +118,7 @@ TESTED_BY = {
         "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"
     ),
     "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
+    "models/test_convert.py": "models/folding.py",
     "models/test_convert_files.py": "models/checkpoint.py",
     "models/test_loading.py": (
         "models/configuration_cod_llama.py models/configuration_cod_mistral.py "
@@ -127,7 +128,7 @@ TESTED_BY = {
         "models/modeling_cod_olmo.py models/modeling_cod_olmo2.py models/modeling_cod_qwen2.py "
         "models/modeling_cod_qwen3.py models/modeling_cod_vit.py models/modeling_shaped.py"
     ),
-    "models/test_placements.py": "models/configuration_cod.py models/modeling_cod.py",
+    "models/test_placements.py": "models/configuration_cod.py models/modeling_cod.py models/modifiers.py",
     "models/test_shapes.py": "models/shaping.py",
     "models/test_training.py": "models/presets.py",
     "reporting/plots/test_figures.py": (

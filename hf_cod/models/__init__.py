@@ -1,8 +1,8 @@
 """Models with a choice of norm placement, set by a configuration field.
 
-The files `placements.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied next to the weights of every
-saved model, into one folder, and loaded from there by users without this package. Therefore they import only torch,
-transformers and each other (`from .x import y`).
+The files `placements.py`, `modifiers.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied next to the
+weights of every saved model, into one folder, and loaded from there by users without this package. Therefore they
+import only torch, transformers and each other (`from .x import y`).
 
 Each `configuration_X.py` and its `modeling_X.py` import each other. These eight import cycles are required: a model
 file imports its configuration, and when transformers saves a configuration alone, it copies the files that its relative
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .configuration_cod_vit import CodViTConfig as CodViTConfig
     from .convert import fold_lns as fold_lns
     from .convert import from_authors as from_authors
+    from .convert import to_gpas as to_gpas
+    from .convert import to_layer_scale as to_layer_scale
     from .convert import to_lns as to_lns
     from .families import FAMILIES as FAMILIES
     from .families import Family as Family
@@ -79,6 +81,8 @@ _NAMES = {
     "convert": (
         "fold_lns",
         "from_authors",
+        "to_gpas",
+        "to_layer_scale",
         "to_lns",
     ),
     "families": (

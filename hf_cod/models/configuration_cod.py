@@ -1,6 +1,7 @@
 """The fields that every configuration of this package adds to the configuration of its base family."""
 
 import inspect
+import math
 import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
 
-from .placements import PLACEMENTS
+from .placements import LAYER_SCALED, LNS_EXPONENT, PLACEMENTS, SCALED
 
-# Increased whenever the mathematics or the file format of the model code changes. It is stored in every config, because
-# an installed package silently takes precedence over the code in a model repository.
-CODE_VERSION = 1
+# Increased whenever the mathematics or the file format of the model code changes. Every config stores the version that
+# its model requires, because an installed package silently takes precedence over the code in a model repository.
+CODE_VERSION = 2
+# Versions whose models this code computes alike. 2 added `gpas`, `layer_scale`, `lns_exponent` and `lns_output`.
+READABLE_VERSIONS = (1, 2)
 
 # True while a saved config is read, when advice on training is too late.
 _READING: ContextVar[bool] = ContextVar("_READING", default=False)
@@ -37,11 +40,16 @@ class NormPlacementConfig:
             placement. An error with `deepnorm`, which has its own initialisation; a warning with `lns`.
         deepnorm_alpha: Residual gain of DeepNorm; None: (2 N)^(1/4).
         deepnorm_beta: Gain of DeepNorm's initialisation; None: (8 N)^(-1/4).
+        lns_exponent: Exponent of the layer's number l in the factor of `lns` and `lns_output`; an error with other
+            placements. `hf_cod.LnsAnnealing` raises it from 0 during training.
+        gpas: Scale the residual stream of each layer by a learned gate, see `ActivationScaling`.
+        layer_scale: Initial value of LayerScale on both sublayers, see `LayerScale`; None: no LayerScale. With `pre`,
+            `scaled_init`, `lns` and `lns_output` only.
         layer_depths: The original index (from 0) of each layer, if layers were removed or repeated after training.
             Set by `save_pretrained`.
         original_num_hidden_layers: The original number of layers, with `layer_depths`. Set by `save_pretrained`.
         module_shapes: Modules with shapes of their own, as `shapes.py` describes them.
-        cod_code_version: Version of the model code that wrote the config.
+        cod_code_version: Version of the model code that the model requires.
 
     Raises:
         ValueError: For an unknown placement, one that the family does not support, a number out of range or a value of
@@ -58,10 +66,13 @@ class NormPlacementConfig:
     scaled_residual_init: Any = False
     deepnorm_alpha: Any = None
     deepnorm_beta: Any = None
+    lns_exponent: Any = LNS_EXPONENT
+    gpas: Any = False
+    layer_scale: Any = None
     layer_depths: Any = None
     original_num_hidden_layers: Any = None
     module_shapes: Any = None
-    cod_code_version: Any = CODE_VERSION
+    cod_code_version: Any = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields of this mixin after those of the base family are set."""
@@ -100,7 +111,7 @@ class NormPlacementConfig:
         calls this method, too.
         """
         self.auto_map = self.remote_code_map()
-        self.cod_code_version = CODE_VERSION
+        self.cod_code_version = required_version(self)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]  # as above
 
     @classmethod
@@ -152,14 +163,22 @@ def check_placement(config: Any) -> None:
         gain = getattr(config, field)
         if gain is not None and not (_is_number(gain) and gain > 0.0):
             raise ValueError(f"{field}: expected a number above 0, or None for the paper's formula, got {gain!r}")
-    if not isinstance(config.scaled_residual_init, bool):
-        raise ValueError(f"scaled_residual_init: expected True or False, got {config.scaled_residual_init!r}")
+    for field in ("scaled_residual_init", "gpas"):
+        if not isinstance(getattr(config, field), bool):
+            raise ValueError(f"{field}: expected True or False, got {getattr(config, field)!r}")
     if config.scaled_residual_init and config.norm_placement == "deepnorm":
         raise ValueError("scaled_residual_init: expected False with norm_placement='deepnorm', got True")
     if not _is_integer(config.cod_code_version):
         raise ValueError(f"cod_code_version: expected a whole number, got {config.cod_code_version!r}")
+    _check_scales(config)
     _check_heads(config)
     _check_depths(config)
+
+
+def required_version(config: Any) -> int:
+    """The first version of the model code that computes this config's model."""
+    newer = config.gpas or config.layer_scale is not None or config.lns_exponent != LNS_EXPONENT
+    return 2 if newer or config.norm_placement == "lns_output" else 1
 
 
 def _is_integer(value: Any) -> bool:
@@ -168,6 +187,18 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return _is_integer(value) or isinstance(value, float)
+
+
+def _check_scales(config: Any) -> None:
+    exponent, initial, placement = config.lns_exponent, config.layer_scale, config.norm_placement
+    if not (_is_number(exponent) and 0.0 <= exponent <= 1.0):
+        raise ValueError(f"lns_exponent: expected a number from 0 to 1, got {exponent!r}")
+    if exponent != LNS_EXPONENT and placement not in SCALED:
+        raise ValueError(f"lns_exponent: expected {LNS_EXPONENT} with norm_placement={placement!r}, got {exponent}")
+    if initial is not None and not (_is_number(initial) and math.isfinite(initial)):
+        raise ValueError(f"layer_scale: expected a finite number or None, got {initial!r}")
+    if initial is not None and placement not in LAYER_SCALED:
+        raise ValueError(f"layer_scale: expected None with norm_placement={placement!r}, got {initial}")
 
 
 def _check_heads(config: Any) -> None:
@@ -202,7 +233,7 @@ def warn_about_placement(config: Any) -> None:
     """Warn about settings that are valid but rarely intended."""
     if config.norm_placement == "lns" and config.scaled_residual_init and not _READING.get():
         _warn("scaled_residual_init weakens LayerNorm Scaling; its authors recommend the plain normal initialisation")
-    if config.cod_code_version != CODE_VERSION:
+    if config.cod_code_version not in READABLE_VERSIONS:
         newer = config.cod_code_version > CODE_VERSION
         mend = "upgrade with  pip install -U hf_cod" if newer else "install the earlier version of hf_cod"
         _warn(

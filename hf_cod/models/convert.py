@@ -1,8 +1,5 @@
-"""Conversion of checkpoints: LayerNorm Scaling to stock transformers and back, and from the papers' released code.
-
-Symbols: l the layer counted from 1, gamma the weight of a norm. The norms of an LNS layer give gamma x_hat / sqrt(l),
-so a stock layer with gamma' = gamma / sqrt(l) computes the same function, and vice versa. Training differs: the
-gradient of gamma in an LNS layer is 1 / sqrt(l) of that of gamma'.
+"""Conversion of checkpoints: to stock transformers, from it to models that start with the same function, and from the
+papers' released code. `folding.py` has the mathematics.
 """
 
 import copy
@@ -23,34 +20,25 @@ from .checkpoint import check_new, is_reading_error, save_aside
 from .configuration_cod import NormPlacementConfig
 from .configuration_cod_llama import CodLlamaConfig
 from .families import FAMILIES, Family
-from .modeling_cod import placements_of
+from .folding import check_foldable, neutral_modifiers, norm_scales, output_scales, scale_norms, scale_outputs
 from .modeling_cod_llama import CodLlamaForCausalLM
+from .modifiers import MODIFIERS
+from .placements import LNS_EXPONENT, SCALED
 
 Source = PreTrainedModel | str | Path
 
 # What transformers raises while it builds a config or a model from values of another type or range.
 _OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
 
-_ON_THE_SUM = (
-    "its norm acts on the sum x + F(x) and rescales the residual stream by a factor that depends on the input, for "
-    "which a stock model has no operation"
-)
-WHY_NOT_FOLDABLE = {
-    "post": _ON_THE_SUM,
-    "mix": f"in the first layers {_ON_THE_SUM}",
-    "deepnorm": _ON_THE_SUM,
-    "sandwich": "it has four norms in a layer, and a stock model of this family has two",
-    "reordered": "its norm acts on the output of a sublayer, where a stock model of this family has none",
-}
-
 
 def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
-    """Turn an LNS model into a stock model with the same function, for tools that know stock models only.
+    """Turn a model of this package into a stock model with the same function, for tools that know stock models only.
 
-    The weights of the norms of layer l are multiplied by 1 / sqrt(l); if norms have no weights (OLMo), those of the
-    Linears after them are. Models with `pre` or `scaled_init`, and OLMo 2 with `reordered`, compute the stock function
-    already; only their class changes. In bfloat16 the logits differ by the rounding of the weights. The new model is on
-    the CPU.
+    The weights of the norms of layer l are multiplied by the factor of LNS, 1 / sqrt(l); if norms have no weights
+    (OLMo), those of the Linears after them are. The factors of `lns_output` and of LayerScale are multiplied into the
+    last Linears of the sublayers. Models with `pre` or `scaled_init`, and OLMo 2 with `reordered`, compute the stock
+    function already; only their class changes. In bfloat16 the logits differ by the rounding of the weights. The new
+    model is on the CPU.
 
     Args:
         source: A model of this package, or the directory or Hub id of one; a model is left unchanged.
@@ -58,49 +46,76 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
             tokenizer.
 
     Raises:
-        ValueError: If there is no such source, the placement has no stock equivalent, a layer is not of this package,
-            transformers lacks the head, the weights are quantized, offloaded or have adapters, or `output` exists.
+        ValueError: If there is no such source, the placement has no stock equivalent, a gate of GPAS is not 0, a layer
+            is not of this package, transformers lacks the head, the weights are quantized, offloaded or have adapters,
+            or `output` exists.
     """
     check_new(output)
     model, family = _load(source, "ours")
-    placement = model.config.norm_placement
-    if placement not in family.foldable:
-        raise ValueError(
-            f"norm_placement: expected one of {', '.join(family.foldable)}, got {placement!r}, which cannot be folded: "
-            f"{WHY_NOT_FOLDABLE[placement]}"
-        )
+    check_foldable(model, family)
     stock_class = family.stock_class(type(model).__name__)
     if stock_class is None:
         raise ValueError(f"source: expected a head that transformers has, got {type(model).__name__}")
-    scales = _scales(model)
+    scales, outputs = norm_scales(model), output_scales(model)
     stock = _rebuild(model, stock_class, family.stock_config(**_stock_fields(model.config)))
-    _scale_norms(stock, family, scales)
+    scale_norms(stock, family, scales)
+    scale_outputs(stock, outputs)
     return _finish(stock, source, output)
 
 
-def to_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
+def to_lns(
+    source: Source, output: str | Path | None = None, *, exponent: float = LNS_EXPONENT, placement: str = "lns"
+) -> PreTrainedModel:
     """Turn a stock model into an LNS model with the same function, to continue its training with LNS.
 
-    The weights of the norms of layer l are multiplied by sqrt(l), which cancels the factor of LNS. In bfloat16 the
-    logits differ by the rounding of the weights. The new model is on the CPU.
+    The weights of the norms of layer l are multiplied by l^exponent, which cancels the factor of LNS. With exponent 0
+    nothing is scaled, and `LnsAnnealing` raises it during training, which changes the function step by step. In
+    bfloat16 the logits differ by the rounding of the weights. The new model is on the CPU.
 
     Args:
         source: A model of a base family of this package, or the directory or Hub id of one; a model is left unchanged.
         output: Also write the LNS model to this new directory; if `source` is a directory or Hub id, with its
             tokenizer.
+        exponent: `lns_exponent` of the new model, from 0 to 1.
+        placement: `lns`, or `lns_output`, whose factors are cancelled in the last Linears of the sublayers.
 
     Raises:
         ValueError: If there is no such source, the family is unknown or does not support `lns`, the head is unknown,
             the weights are quantized, offloaded or have adapters, or `output` exists.
     """
+    if placement not in SCALED:
+        raise ValueError(f"placement: expected one of {', '.join(SCALED)}, got {placement!r}")
+    return _started(source, output, norm_placement=placement, lns_exponent=exponent)
+
+
+def to_gpas(source: Source, output: str | Path | None = None) -> PreTrainedModel:
+    """Turn a stock model into one with GPAS (`ActivationScaling`) and the same function: all gates are 0.
+
+    Args and errors as `to_lns`.
+    """
+    return _started(source, output, gpas=True)
+
+
+def to_layer_scale(source: Source, output: str | Path | None = None) -> PreTrainedModel:
+    """Turn a stock model into one with `LayerScale` and the same function: all factors are 1.
+
+    Args and errors as `to_lns`; the norms of OLMo 2 would cancel the factors, so its models are refused.
+    """
+    return _started(source, output, layer_scale=1.0)
+
+
+def _started(source: Source, output: str | Path | None, **fields: Any) -> PreTrainedModel:
+    """A model of this package with these fields of the config, which computes what the stock model does."""
     check_new(output)
     model, family = _load(source, "stock")
     our_class = family.our_class(type(model).__name__)
     if our_class is None:
         raise ValueError(f"source: expected a head that {family.model_type} has, got {type(model).__name__}")
-    lns = _rebuild(model, our_class, family.config(**_stock_fields(model.config), norm_placement="lns"))
-    _scale_norms(lns, family, [1 / scale for scale in _scales(lns)])
-    return _finish(lns, source, output)
+    config = family.config(**{"norm_placement": family.config.stock_placement, **_stock_fields(model.config), **fields})
+    started = _rebuild(model, our_class, config)
+    scale_norms(started, family, [1 / scale for scale in norm_scales(started)])
+    scale_outputs(started, [(1 / attention, 1 / mlp) for attention, mlp in output_scales(started)])
+    return _finish(started, source, output)
 
 
 def from_authors(
@@ -250,7 +265,9 @@ def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig)
     state = {
         new + name.removeprefix(old) if name.startswith(old) else name: weight.detach().to("cpu", copy=True)
         for name, weight in model.state_dict().items()
+        if not any(f".{part}." in name for part in MODIFIERS)
     }
+    state |= {new + name: weight.to(model.dtype) for name, weight in neutral_modifiers(config).items()}
     # Loading casts all weights to one dtype: the widest, so that casting back to each weight's own dtype is exact.
     widest = functools.reduce(torch.promote_types, (weight.dtype for weight in state.values()), model.dtype)
     rebuilt = _load_exactly(model_class, None, config=config, state_dict=state, dtype=widest)
@@ -274,24 +291,6 @@ def _load_exactly(model_class: Any, source: Any, **kwargs: Any) -> Any:
             f"source: expected exactly the weights of the model, got missing, unknown or mismatched {wrong}"
         )
     return model
-
-
-def _scales(model: Any) -> list[float]:
-    return [placement.scale for placement in placements_of(model)]
-
-
-@torch.no_grad()
-def _scale_norms(model: PreTrainedModel, family: Family, factors: list[float]) -> None:
-    """Multiply the outputs of the norms before layer l's sublayers by `factors[l]`: in the weights, rounded once."""
-    for layer, factor in zip(model.base_model.layers, factors, strict=True):  # type: ignore[arg-type]
-        if factor == 1.0:
-            continue
-        for name in family.absorbers:
-            module = layer.get_submodule(name)
-            # The factor is on the input of a Linear, so its bias is not scaled; it is on the output of a norm.
-            weights = [module.weight] if isinstance(module, nn.Linear) else list(module.parameters())
-            for weight in weights:
-                weight.copy_(weight.double() * factor)
 
 
 def _finish(model: Any, source: Any, output: str | Path | None) -> Any:

@@ -36,7 +36,7 @@ class Family:
     config: Any
     stock_config: Any
     absorbers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    foldable: tuple[str, ...] = ("pre", "scaled_init", "lns")
+    foldable: tuple[str, ...] = ("pre", "scaled_init", "lns", "lns_output")
 
     @property
     def model_type(self) -> str:

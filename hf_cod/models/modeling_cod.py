@@ -20,7 +20,8 @@ from transformers.modeling_layers import (
 )
 
 from .configuration_cod import check_placement
-from .placements import PLACEMENTS, NormPlacement
+from .modifiers import LAYER_SCALES, ActivationScaling, LayerScale
+from .placements import PLACEMENTS, LayerNormScaling, NormPlacement, Sublayer
 from .shapes import ShapedModel
 
 
@@ -28,12 +29,17 @@ class PlacedLayer:
     """Mixin for a decoder or encoder layer: builds the norms that the placement needs and runs them in its order."""
 
     placement: NormPlacement
+    # None without LayerScale.
+    attention_scale: LayerScale | None
+    mlp_scale: LayerScale | None
     build_norm: ClassVar[Any]  # static method of each family: config -> a new norm over the hidden size
     # Name of a norm in the placements -> its name in the family's own checkpoints, if it differs.
     norm_names: ClassVar[dict[str, str]] = {}
 
     def place_norms(self, config: Any, layer: int) -> None:
-        """Set the layer's placement, build exactly its norms, and set the standard deviations of initialisation."""
+        """Set the layer's placement, build exactly its norms and modifiers, and set the standard deviations of
+        initialisation.
+        """
         self.placement = PLACEMENTS[config.norm_placement](config, layer)
         # The layer of the family comes with the norms of its own placement.
         needed = [self.norm_names.get(name, name) for name in self.placement.norms]
@@ -43,11 +49,23 @@ class PlacedLayer:
         for name in needed:
             if not hasattr(self, name):
                 setattr(self, name, self.build_norm(config))
+        if config.gpas:
+            self.activation_scaling = ActivationScaling()
+        for name in LAYER_SCALES:
+            initial = config.layer_scale
+            setattr(self, name, None if initial is None else LayerScale(config.hidden_size, initial))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 # On the Linear itself: transformers initialises modules of remote code only where they own parameters.
                 leaf = name.rsplit(".", 1)[-1]
                 module.initial_std = self.placement.initial_std(leaf, module, config.initializer_range)
+
+    def run(self, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
+        """The output of the layer for the residual stream `x`; with LayerScale on both sublayers if it has that."""
+        if self.attention_scale is not None and self.mlp_scale is not None:
+            by_attention, by_mlp = self.attention_scale, self.mlp_scale
+            return self.placement.forward(self, x, lambda y: by_attention(attention(y)), lambda y: by_mlp(mlp(y)))
+        return self.placement.forward(self, x, attention, mlp)
 
 
 class PlacedDecoderLayer(PlacedLayer):
@@ -68,7 +86,7 @@ class PlacedDecoderLayer(PlacedLayer):
         def attention(x: torch.Tensor) -> torch.Tensor:
             return self.self_attn(hidden_states=x, attention_mask=attention_mask, **kwargs)[0]
 
-        return self.placement.forward(self, hidden_states, attention, self.mlp)
+        return self.run(hidden_states, attention, self.mlp)
 
 
 def placements_of(model: Any) -> list[NormPlacement]:
@@ -98,6 +116,12 @@ class PlacedPreTrainedModel(ShapedModel):
     config: Any
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ActivationScaling):
+            init.zeros_(module.gate)
+            return
+        if isinstance(module, LayerScale):
+            init.constant_(module.weight, module.initial)
+            return
         std = getattr(module, "initial_std", None)
         if std is None:
             super()._init_weights(module)
@@ -105,6 +129,23 @@ class PlacedPreTrainedModel(ShapedModel):
         init.normal_(module.weight, mean=0.0, std=std)
         if module.bias is not None:
             init.zeros_(module.bias)
+
+    def set_lns_exponent(self, exponent: float) -> None:
+        """Set the exponent of LNS in all layers and in the config, from 0 (no factors) to 1; the paper's is 1/2.
+
+        Raises:
+            ValueError: If the placement has no such factors, or for another number.
+        """
+        before = self.config.lns_exponent
+        self.config.lns_exponent = exponent
+        try:
+            check_placement(self.config)
+        except ValueError:
+            self.config.lns_exponent = before
+            raise
+        for placement in placements_of(self):
+            if isinstance(placement, LayerNormScaling):
+                placement.set_exponent(exponent)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with everything that is required to load the model without this package.

@@ -64,7 +64,7 @@ class CodViTLayer(PlacedLayer, ViTLayer):
         def mlp(x: torch.Tensor) -> torch.Tensor:
             return self.dropout(self.mlp(x))
 
-        return self.placement.forward(self, hidden_states, attention, mlp)
+        return self.run(hidden_states, attention, mlp)
 
 
 class CodViTPreTrainedModel(PlacedPreTrainedModel, ViTPreTrainedModel):

@@ -17,6 +17,9 @@ from torch import nn
 
 Sublayer = Callable[[torch.Tensor], torch.Tensor]
 
+# Exponent of l in LayerNorm Scaling.
+LNS_EXPONENT = 0.5
+
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 SANDWICH_NORMS = ("input_layernorm", "pre_feedforward_layernorm", *OUTPUT_NORMS)
@@ -37,6 +40,11 @@ def layer_depth(config: Any, layer: int) -> tuple[int, int]:
     return depth, config.num_hidden_layers if n_layers is None else n_layers
 
 
+def depth_factor(depth: int, exponent: float) -> float:
+    """l ** -exponent of the layer with index `depth`, l = depth + 1."""
+    return 1.0 / math.sqrt(depth + 1) if exponent == LNS_EXPONENT else (depth + 1) ** -exponent
+
+
 class NormPlacement(ABC):
     """The order in which one layer applies its norms, its two sublayers and the residual addition.
 
@@ -45,13 +53,23 @@ class NormPlacement(ABC):
     """
 
     norms: ClassVar[tuple[str, ...]]
-    # Factor on the outputs of the norms before the sublayers.
+    # Factor on the outputs of the norms before the sublayers, and on the outputs of the sublayers.
     scale: float = 1.0
+    output_scale: float = 1.0
 
     def __init__(self, config: Any, layer: int):
         self.name: str = config.norm_placement
         self.depth, self.n_layers = layer_depth(config, layer)
         self.scaled_residual_init: bool = config.scaled_residual_init
+        self.gpas: bool = config.gpas
+
+    def gated(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """x by the layer's `ActivationScaling`, if the config asks for GPAS.
+
+        Placements whose norms act on the sum x + F(x) apply it to x in that sum, where the norm does not cancel it; the
+        others to the sum. The authors' code does the same.
+        """
+        return layer.activation_scaling(x) if self.gpas else x
 
     @abstractmethod
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
@@ -77,8 +95,8 @@ class PreNorm(NormPlacement):
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
-        x = x + attention(layer.input_layernorm(x))
-        return x + mlp(layer.post_attention_layernorm(x))
+        x = self.gated(layer, x + attention(layer.input_layernorm(x)))
+        return self.gated(layer, x + mlp(layer.post_attention_layernorm(x)))
 
 
 class ScaledInit(PreNorm):
@@ -97,20 +115,42 @@ class LayerNormScaling(NormPlacement):
     """LayerNorm Scaling (LNS): x <- x + F(LN(x) / sqrt(l)), for both norms of layer l, l from 1.
 
     Sun et al. 2025, "The Curse of Depth in Large Language Models" (arXiv 2502.05795), section 4. Initialise with the
-    plain normal distribution: scaled initialisation weakens LNS (the footnote in its abstract).
+    plain normal distribution: scaled initialisation weakens LNS (the footnote in its abstract). `lns_exponent` of the
+    config replaces the exponent 1/2 of l; with 0 this is Pre-LN.
     """
 
     norms = PRE_NORMS
 
     def __init__(self, config: Any, layer: int):
         super().__init__(config, layer)
-        self.scale = 1.0 / math.sqrt(self.depth + 1)
+        self.set_exponent(config.lns_exponent)
+
+    def set_exponent(self, exponent: float) -> None:
+        """Set the factor to l ** -exponent."""
+        self.scale = depth_factor(self.depth, exponent)
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
         # The factor is here and not inside the norm, because libraries that replace norms by kernels would drop it.
-        x = x + attention(layer.input_layernorm(x) * self.scale)
-        return x + mlp(layer.post_attention_layernorm(x) * self.scale)
+        x = self.gated(layer, x + attention(layer.input_layernorm(x) * self.scale))
+        return self.gated(layer, x + mlp(layer.post_attention_layernorm(x) * self.scale))
+
+
+class OutputScaling(LayerNormScaling):
+    """LNS behind the sublayers: x <- x + F(LN(x)) / sqrt(l), for both sublayers of layer l, l from 1.
+
+    The form that the authors of LNS use for Vision Transformers (arXiv 2502.05795): the input of a sublayer keeps its
+    scale, and its contribution to the residual stream is smaller. `lns_exponent` as in LayerNorm Scaling.
+    """
+
+    def set_exponent(self, exponent: float) -> None:
+        """Set the factor to l ** -exponent."""
+        self.output_scale = depth_factor(self.depth, exponent)
+
+    def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
+        """See the class."""
+        x = self.gated(layer, x + attention(layer.input_layernorm(x)) * self.output_scale)
+        return self.gated(layer, x + mlp(layer.post_attention_layernorm(x)) * self.output_scale)
 
 
 class PostNorm(NormPlacement):
@@ -124,8 +164,8 @@ class PostNorm(NormPlacement):
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
-        x = layer.post_attention_layernorm(x + attention(x))
-        return layer.post_feedforward_layernorm(x + mlp(x))
+        x = layer.post_attention_layernorm(self.gated(layer, x) + attention(x))
+        return layer.post_feedforward_layernorm(self.gated(layer, x) + mlp(x))
 
 
 class DeepNorm(NormPlacement):
@@ -150,8 +190,8 @@ class DeepNorm(NormPlacement):
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
         # torch.add(F, x, alpha=a) is F + a x in one kernel.
-        x = layer.post_attention_layernorm(torch.add(attention(x), x, alpha=self.alpha))
-        return layer.post_feedforward_layernorm(torch.add(mlp(x), x, alpha=self.alpha))
+        x = layer.post_attention_layernorm(torch.add(attention(x), self.gated(layer, x), alpha=self.alpha))
+        return layer.post_feedforward_layernorm(torch.add(mlp(x), self.gated(layer, x), alpha=self.alpha))
 
     def initial_std(self, name: str, linear: nn.Linear, std: float) -> float:
         """Xavier's standard deviation with the gains of the class docstring; `std` is not used."""
@@ -170,8 +210,8 @@ class SandwichNorm(NormPlacement):
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
-        x = x + layer.post_attention_layernorm(attention(layer.input_layernorm(x)))
-        return x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x)))
+        x = self.gated(layer, x + layer.post_attention_layernorm(attention(layer.input_layernorm(x))))
+        return self.gated(layer, x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))))
 
 
 class ReorderedNorm(NormPlacement):
@@ -185,8 +225,8 @@ class ReorderedNorm(NormPlacement):
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
-        x = x + layer.post_attention_layernorm(attention(x))
-        return x + layer.post_feedforward_layernorm(mlp(x))
+        x = self.gated(layer, x + layer.post_attention_layernorm(attention(x)))
+        return self.gated(layer, x + layer.post_feedforward_layernorm(mlp(x)))
 
 
 def n_post_layers(fraction: float, n_layers: int) -> int:
@@ -212,6 +252,12 @@ PLACEMENTS: dict[str, Callable[[Any, int], NormPlacement]] = {
     "scaled_init": ScaledInit,
     "mix": mix_norm,
     "lns": LayerNormScaling,
+    "lns_output": OutputScaling,
     "sandwich": SandwichNorm,
     "reordered": ReorderedNorm,
 }
+
+# Placements with a factor l ** -exponent.
+SCALED = ("lns", "lns_output")
+# Placements with which a model may have LayerScale: F(x) is added to x as it is.
+LAYER_SCALED = ("pre", "scaled_init", "lns", "lns_output")

@@ -33,7 +33,7 @@ RETURNED = {
     "WidthPlan",
 }
 # In models/, which imports nothing of the other rooms; their fields are those of a transformers configuration.
-OF_MODELS = {"fold_lns", "from_authors", "llama_preset", "to_lns"}
+OF_MODELS = {"fold_lns", "from_authors", "llama_preset", "to_gpas", "to_layer_scale", "to_lns"}
 CALLED = sorted(set(hf_cod._HOMES) - RETURNED - OF_MODELS)
 
 # What fits arguments that a call needs.

@@ -66,30 +66,38 @@ def gated_mlp(x: torch.Tensor, w: Weights, prefix: str) -> torch.Tensor:
     return linear(gate * torch.sigmoid(gate) * linear(x, w, f"{prefix}.up_proj"), w, f"{prefix}.down_proj")
 
 
-def placed_layer(placement, layer, n_layers, post_layers, x, norm, attention, mlp, alpha=None):
+def gpas(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x - SiLU(g) sg(x)."""
+    return x - gate * torch.sigmoid(gate) * x.detach()
+
+
+def placed_layer(placement, layer, n_layers, post_layers, x, norm, attention, mlp, alpha=None, gate=None, exponent=0.5):
     """One layer; `norm(name, x)` applies a norm by its Llama name; formulas as the papers write them, l = layer + 1.
 
-    `alpha` replaces the residual gain of DeepNorm.
+    `alpha` replaces the residual gain of DeepNorm, `gate` is that of GPAS.
     """
+    if gate is None:
+        gate = torch.zeros(1)
     if placement == "mix":
         placement = "post" if layer < post_layers else "pre"
-    if placement in ("pre", "scaled_init", "lns"):
-        factor = (layer + 1) ** -0.5 if placement == "lns" else 1.0
-        y = attention(norm("input_layernorm", x) * factor) + x
-        return mlp(norm("post_attention_layernorm", y) * factor) + y
+    if placement in ("pre", "scaled_init", "lns", "lns_output"):
+        factor = (layer + 1) ** -exponent
+        before, behind = factor if placement == "lns" else 1.0, factor if placement == "lns_output" else 1.0
+        y = gpas(attention(norm("input_layernorm", x) * before) * behind + x, gate)
+        return gpas(mlp(norm("post_attention_layernorm", y) * before) * behind + y, gate)
     if placement in ("post", "deepnorm"):
         if placement == "post":
             alpha = 1.0
         elif alpha is None:
             alpha = (2 * n_layers) ** (1 / 4)
-        y = norm("post_attention_layernorm", alpha * x + attention(x))
-        return norm("post_feedforward_layernorm", alpha * y + mlp(y))
+        y = norm("post_attention_layernorm", alpha * gpas(x, gate) + attention(x))
+        return norm("post_feedforward_layernorm", alpha * gpas(y, gate) + mlp(y))
     if placement == "sandwich":
-        y = x + norm("post_attention_layernorm", attention(norm("input_layernorm", x)))
-        return y + norm("post_feedforward_layernorm", mlp(norm("pre_feedforward_layernorm", y)))
+        y = gpas(x + norm("post_attention_layernorm", attention(norm("input_layernorm", x))), gate)
+        return gpas(y + norm("post_feedforward_layernorm", mlp(norm("pre_feedforward_layernorm", y))), gate)
     assert placement == "reordered"
-    y = x + norm("post_attention_layernorm", attention(x))
-    return y + norm("post_feedforward_layernorm", mlp(y))
+    y = gpas(x + norm("post_attention_layernorm", attention(x)), gate)
+    return gpas(y + norm("post_feedforward_layernorm", mlp(y)), gate)
 
 
 def language_model(
@@ -113,9 +121,14 @@ def language_model(
             post_layers,
             x,
             lambda name, y, prefix=prefix: norm(f"{prefix}.{name}", y),
-            lambda y, prefix=prefix: self_attention(y, w, f"{prefix}.self_attn", family, config),
-            lambda y, prefix=prefix: gated_mlp(y, w, f"{prefix}.mlp"),
+            lambda y, prefix=prefix: (
+                self_attention(y, w, f"{prefix}.self_attn", family, config)
+                * w.get(f"{prefix}.attention_scale.weight", 1.0)
+            ),
+            lambda y, prefix=prefix: gated_mlp(y, w, f"{prefix}.mlp") * w.get(f"{prefix}.mlp_scale.weight", 1.0),
             alpha,
+            w.get(f"{prefix}.activation_scaling.gate"),
+            config["lns_exponent"],
         )
     return norm("model.norm", x) @ w["lm_head.weight"].T
 
@@ -157,7 +170,11 @@ def vision_model(w: Weights, config: dict, pixels: torch.Tensor, post_layers: in
             post_layers,
             x,
             lambda name, y, prefix=prefix: norm(f"{prefix}.{VIT_NORMS.get(name, name)}", y),
-            lambda y, prefix=prefix: attention(y, f"{prefix}.attention"),
-            lambda y, prefix=prefix: mlp(y, f"{prefix}.mlp"),
+            lambda y, prefix=prefix: (
+                attention(y, f"{prefix}.attention") * w.get(f"{prefix}.attention_scale.weight", 1.0)
+            ),
+            lambda y, prefix=prefix: mlp(y, f"{prefix}.mlp") * w.get(f"{prefix}.mlp_scale.weight", 1.0),
+            gate=w.get(f"{prefix}.activation_scaling.gate"),
+            exponent=config["lns_exponent"],
         )
     return linear(norm("vit.layernorm", x)[:, 0], w, "classifier")

@@ -18,11 +18,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_cod.models import PLACEMENTS, fold_lns, to_lns
+from hf_cod.models import PLACEMENTS, fold_lns, to_gpas, to_layer_scale, to_lns
 
 from .tiny import BY_TYPE, TEXT, inputs, tiny_model, tokens
 
-FOLDABLE = ("pre", "scaled_init", "lns")
+FOLDABLE = ("pre", "scaled_init", "lns", "lns_output")
 LNS_TYPES = [name for name, family in BY_TYPE.items() if "lns" in family.config.valid_placements()]
 
 
@@ -60,6 +60,48 @@ def test_stock_to_lns_and_back(model_type):
     back = fold_lns(lns)
     for name, weight in back.state_dict().items():
         assert torch.allclose(weight, stock.state_dict()[name], rtol=1e-6, atol=0), name
+
+
+STARTS = {
+    "lns_output": lambda model: to_lns(model, placement="lns_output"),
+    "no exponent": lambda model: to_lns(model, exponent=0),
+    "gpas": to_gpas,
+    "layer_scale": to_layer_scale,
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("model_type", LNS_TYPES)
+def test_a_start_with_the_function_of_stock_and_back(model_type, start):
+    stock = fold_lns(tiny_model(model_type, "pre"))
+    ours = STARTS[start](stock)
+    assert ours.config.model_type == model_type
+    assert gap(stock, ours, model_type) <= 1e-5
+    back = fold_lns(ours)
+    for name, weight in back.state_dict().items():
+        assert torch.allclose(weight, stock.state_dict()[name], rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("model_type", ["cod_llama", "cod_qwen2", "cod_vit"])
+def test_layer_scale_and_exponent_are_folded(model_type):
+    model = tiny_model(model_type, "lns_output", layer_scale=0.5, lns_exponent=0.8)
+    assert model.base_model.layers[0].mlp_scale.weight.std() > 0.05
+    assert gap(model, fold_lns(model), model_type) <= 1e-5
+
+
+def test_gates_are_folded_only_where_they_are_0():
+    model = tiny_model("cod_llama", "lns", gpas=True)
+    with pytest.raises(ValueError, match=r"^gpas: expected gates of 0, got others, which cannot be folded: they scale"):
+        fold_lns(model)
+
+
+def test_starts_that_a_family_cannot_have():
+    olmo = fold_lns(tiny_model("cod_olmo2", "reordered"))
+    assert gap(olmo, to_gpas(olmo), "cod_olmo2") == 0.0
+    with pytest.raises(ValueError, match=r"^layer_scale: expected None with norm_placement='reordered', got 1.0"):
+        to_layer_scale(olmo)
+    with pytest.raises(ValueError, match=r"^placement: expected one of lns, lns_output, got 'pre'"):
+        to_lns(olmo, placement="pre")
 
 
 def test_folding_goes_into_the_norms_of_deeper_layers_only():
@@ -151,7 +193,9 @@ WHY = {
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name not in FOLDABLE])
 def test_the_others_say_why_they_cannot_be_folded(placement, tmp_path):
     model = tiny_model("cod_llama", placement)
-    with pytest.raises(ValueError, match=f"expected one of pre, scaled_init, lns, got '{placement}'.*{WHY[placement]}"):
+    with pytest.raises(
+        ValueError, match=f"expected one of pre, scaled_init, lns, lns_output, got '{placement}'.*{WHY[placement]}"
+    ):
         fold_lns(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

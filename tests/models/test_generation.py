@@ -73,10 +73,14 @@ def test_hidden_states_and_attentions_can_be_recorded(model_type):
     assert out.attentions[0].shape[:2] == (2, 4)
 
 
-@pytest.mark.parametrize("placement", ["lns", "mix", "deepnorm"])
-def test_compiled_as_one_graph(placement):
+@pytest.mark.parametrize(
+    ("placement", "fields"),
+    [("lns", {}), ("mix", {}), ("deepnorm", {}), ("lns_output", {"gpas": True, "layer_scale": 0.5})],
+    ids=str,
+)
+def test_compiled_as_one_graph(placement, fields):
     torch._dynamo.reset()
-    model = tiny_model("cod_llama", placement)
+    model = tiny_model("cod_llama", placement, **fields)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert (compiled(tokens(), use_cache=False).logits - model(tokens(), use_cache=False).logits).abs().max() <= 1e-5
 

@@ -8,7 +8,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM, CodOlmo2Config
-from hf_cod.models.placements import DeepNorm, LayerNormScaling, NormPlacement, PostNorm, PreNorm, n_post_layers
+from hf_cod.models.modifiers import ActivationScaling
+from hf_cod.models.placements import (
+    LAYER_SCALED,
+    DeepNorm,
+    LayerNormScaling,
+    NormPlacement,
+    PostNorm,
+    PreNorm,
+    n_post_layers,
+)
 
 from . import references
 from .tiny import CASES, N_LAYERS, POST_LAYERS, TEXT, inputs, tiny_config, tiny_model, tokens
@@ -24,7 +33,39 @@ def reference_logits(model, weights, batch):
 
 @pytest.mark.parametrize(("model_type", "placement"), CASES)
 def test_logits_and_gradients_equal_the_reference(model_type, placement):
-    model, batch = tiny_model(model_type, placement), inputs(model_type)
+    check_reference(tiny_model(model_type, placement), inputs(model_type))
+
+
+MODIFIED = [
+    *({"placement": placement, "gpas": True} for placement in PLACEMENTS),
+    *({"placement": placement, "layer_scale": 0.3} for placement in LAYER_SCALED),
+    {"placement": "lns", "gpas": True, "layer_scale": 1.0, "lns_exponent": 0.3},
+    {"placement": "lns_output", "lns_exponent": 0.0},
+]
+
+
+@pytest.mark.parametrize("fields", MODIFIED, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_modified_placements_equal_the_reference(fields, tmp_path):
+    model = tiny_model("cod_llama", **fields)
+    check_reference(model, inputs("cod_llama"))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert loaded.config.cod_code_version == 2
+    generated = [
+        m.generate(tokens(), max_new_tokens=5, use_cache=cache) for m in (model, loaded) for cache in (True, False)
+    ]
+    assert all(torch.equal(one, generated[0]) for one in generated)
+
+
+@pytest.mark.parametrize("fields", [{"gpas": True}, {"layer_scale": 1e-5}, {"lns_exponent": 0.25}], ids=str)
+@pytest.mark.parametrize("placement", ["lns", "lns_output"])
+def test_a_modified_vit_equals_the_reference(placement, fields):
+    check_reference(tiny_model("cod_vit", placement, **fields), inputs("cod_vit"))
+
+
+def check_reference(model, batch):
+    """Logits and gradients."""
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     expected = reference_logits(model, weights, batch)
     got = model(**batch).logits
@@ -55,7 +96,7 @@ def test_norms_carry_the_names_of_the_checkpoints(placement):
         "pre": {"input_layernorm", "post_attention_layernorm"},
     }
     names |= {"deepnorm": names["post"], "reordered": names["post"], "mix": names["post"]}
-    names |= {"lns": names["pre"], "scaled_init": names["pre"]}
+    names |= {"lns": names["pre"], "lns_output": names["pre"], "scaled_init": names["pre"]}
     names["sandwich"] = names["pre"] | names["post"] | {"pre_feedforward_layernorm"}
     model = tiny_model("cod_llama", placement)
     first = {name for name, _ in model.model.layers[0].named_children() if "norm" in name}
@@ -79,6 +120,56 @@ def test_the_next_placement_is_one_entry(monkeypatch, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = CodLlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_modifiers_start_as_their_papers_say():
+    """A new model computes what it does without a gate; LayerScale is the number of the config, in float32 exactly."""
+    plain = new_model(norm_placement="pre")
+    gated = new_model(norm_placement="pre", gpas=True)
+    assert torch.equal(gated(tokens()).logits, plain(tokens()).logits)
+    assert all(layer.activation_scaling.gate.item() == 0 for layer in gated.model.layers)
+    scaled = new_model(norm_placement="pre", layer_scale=0.1)
+    weights = [
+        getattr(layer, name).weight for layer in scaled.model.layers for name in ("attention_scale", "mlp_scale")
+    ]
+    assert len(weights) == 2 * N_LAYERS and all(torch.equal(w, torch.full((32,), 0.1)) for w in weights)
+    assert torch.equal(new_model(norm_placement="pre", layer_scale=1.0)(tokens()).logits, plain(tokens()).logits)
+
+
+def new_model(**fields):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CodLlamaConfig(**TEXT, **fields)).eval()
+
+
+def test_a_gate_preserves_gradients():
+    """That of x does not depend on the gate; its value does."""
+    scaling = ActivationScaling()
+    x = torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        scaling.gate.fill_(0.7)
+    y = scaling(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+    torch.testing.assert_close(y, x * (1 - 0.7 / (1 + math.exp(-0.7))))
+    torch.testing.assert_close(
+        scaling.gate.grad,
+        torch.autograd.functional.jacobian(
+            lambda g: (x.detach() * (1 - g * torch.sigmoid(g))).sum(), scaling.gate.detach()
+        ),
+    )
+
+
+def test_the_exponent_can_be_set():
+    model = tiny_model("cod_llama", "lns", lns_exponent=0.0)
+    pre = tiny_model("cod_llama", "pre")
+    assert torch.equal(model(tokens()).logits, pre(tokens()).logits)
+    model.set_lns_exponent(0.5)
+    assert model.config.lns_exponent == 0.5
+    assert torch.equal(model(tokens()).logits, tiny_model("cod_llama", "lns")(tokens()).logits)
+    for wrong, number in ((pre, 0.2), (model, 2.0)):
+        with pytest.raises(ValueError, match=r"^lns_exponent: expected"):
+            wrong.set_lns_exponent(number)
+        assert wrong.config.lns_exponent == 0.5
 
 
 def test_mix_ln_takes_the_ceiling_and_is_immune_to_rounding():
@@ -173,6 +264,13 @@ BAD = [
     ({"post_ln_fraction": True}, r"post_ln_fraction: expected a number from 0 to 1, got True"),
     ({"deepnorm_beta": "1"}, r"deepnorm_beta: expected a number above 0, or None .* got '1'"),
     ({"scaled_residual_init": 1}, r"scaled_residual_init: expected True or False, got 1"),
+    ({"gpas": "yes"}, r"gpas: expected True or False, got 'yes'"),
+    ({"layer_scale": "1"}, r"layer_scale: expected a finite number or None, got '1'"),
+    ({"layer_scale": math.inf}, r"layer_scale: expected a finite number or None, got inf"),
+    ({"layer_scale": 1.0, "norm_placement": "post"}, r"layer_scale: expected None with norm_placement='post', got 1.0"),
+    ({"lns_exponent": 1.5}, r"lns_exponent: expected a number from 0 to 1, got 1.5"),
+    ({"lns_exponent": None}, r"lns_exponent: expected a number from 0 to 1, got None"),
+    ({"lns_exponent": 0.2, "norm_placement": "pre"}, r"lns_exponent: expected 0.5 with norm_placement='pre', got 0.2"),
     ({"original_num_hidden_layers": 8}, r"original_num_hidden_layers: expected None without layer_depths, got 8"),
     ({"original_num_hidden_layers": 0}, r"original_num_hidden_layers: expected a whole number above 0 or None, got 0"),
     ({"original_num_hidden_layers": "8"}, r"original_num_hidden_layers: expected a whole number .* got '8'"),
@@ -238,7 +336,7 @@ def test_warning_for_a_model_of_other_code(version, mend, trust, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "cod_code_version": version}))
     with pytest.warns(
-        UserWarning, match=f"saved by version {version} of the model code, and the installed version 1 .*{mend}"
+        UserWarning, match=f"saved by version {version} of the model code, and the installed version 2 .*{mend}"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
 

@@ -93,9 +93,11 @@ def test_trust_remote_code_without_the_package(tmp_path):
         ("cod_olmo-post", AutoModel),
         ("cod_olmo2-reordered", AutoModelForCausalLM),
         ("cod_vit-lns", AutoModelForImageClassification),
+        ("cod_llama-lns_output", AutoModelForCausalLM),
     ]:
         kind, placement = model_type.split("-")
-        model = tiny_model(kind, placement, auto)
+        modified = {"gpas": True, "layer_scale": 0.5} if placement == "lns_output" else {}
+        model = tiny_model(kind, placement, auto, **modified)
         model.save_pretrained(tmp_path / model_type)
         jobs.append((model_type, auto.__name__, inputs(kind)))
         expected[model_type] = first(model(**inputs(kind)))
@@ -168,8 +170,9 @@ def test_what_is_pushed_to_the_hub_brings_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel._upload_modified_files", upload)
     model = tiny_model("cod_qwen2", "mix")
     model.push_to_hub("someone/tiny")
-    code = {"placements.py", "shapes.py", "configuration_cod.py", "configuration_cod_qwen2.py", "modeling_cod.py"}
-    assert {path.name for path in (tmp_path / "pushed").glob("*.py")} == code | {"modeling_cod_qwen2.py"}
+    code = {"placements.py", "modifiers.py", "shapes.py", "configuration_cod.py", "configuration_cod_qwen2.py"}
+    code |= {"modeling_cod.py", "modeling_cod_qwen2.py"}
+    assert {path.name for path in (tmp_path / "pushed").glob("*.py")} == code
     written = json.loads((tmp_path / "pushed" / "config.json").read_text())
     autos = {auto.__name__ for auto in TEXT_AUTOS} | {"AutoConfig"}
     assert set(written["auto_map"]) == autos
@@ -190,8 +193,8 @@ def test_files_that_travel_import_nothing_of_ours():
 
     folder = Path(hf_cod.models.__file__).parent
     travelling = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")]
-    travelling += [folder / "placements.py", folder / "shapes.py"]
-    assert len(travelling) == 2 * (2 + len(FAMILIES)) + 2
+    travelling += [folder / "placements.py", folder / "modifiers.py", folder / "shapes.py"]
+    assert len(travelling) == 2 * (2 + len(FAMILIES)) + 3
     stems = {path.stem for path in travelling}
     for path in travelling:
         for node in ast.walk(ast.parse(path.read_text())):

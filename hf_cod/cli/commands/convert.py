@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
+# Conversions that take --lns-exponent.
+SCALED = ("lns", "lns_output")
 # Conversion -> sentence on its result.
 RESULTS = {
     "stock": "A stock checkpoint with the logits of the model with LayerNorm Scaling.",
     "lns": "LayerNorm Scaling with the logits of the stock model, for further training.",
+    "lns_output": "LayerNorm Scaling behind the sublayers with the logits of the stock model, for further training.",
+    "gpas": "Gradient-Preserving Activation Scaling with the logits of the stock model, for further training.",
+    "layer_scale": "LayerScale with the logits of the stock model, for further training.",
     "authors": "A checkpoint of the papers' authors as a model of hf_cod.",
 }
 
@@ -30,12 +35,15 @@ def make_parser() -> SettingsParser:
         prog="hf-cod convert",
         formatter_class=RawDescriptionHelpFormatter,
         description="Converts a checkpoint; the source is never changed.\n\n"
-        "  stock    a model with LayerNorm Scaling -> a stock model with the same logits, for software without\n"
-        "           hf_cod (vLLM, llama.cpp): 1 / sqrt(l) is multiplied into the norm weights of layer l (from 1)\n"
-        "  lns      a stock model -> LayerNorm Scaling with the same logits, for further training\n"
-        "  authors  a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of hf_cod",
+        "  stock        a model with LayerNorm Scaling -> a stock model with the same logits, for software without\n"
+        "               hf_cod (vLLM, llama.cpp): 1 / sqrt(l) is multiplied into the norm weights of layer l (from 1)\n"
+        "  lns          a stock model -> LayerNorm Scaling with the same logits, for further training\n"
+        "  lns_output   the same with the factors behind attention and MLP\n"
+        "  gpas         a stock model -> a learned gate on the residual stream (GPAS), 0 at first\n"
+        "  layer_scale  a stock model -> learned factors on the outputs of attention and MLP, 1 at first\n"
+        "  authors      a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of hf_cod",
     )
-    parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
+    parser.add_argument("to", choices=list(RESULTS), help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result; required")
     parser.add_argument("--output", help="new directory for the result; default: the third argument")
@@ -47,6 +55,12 @@ def make_parser() -> SettingsParser:
     )
     parser.add_argument(
         "--post-layers", type=int, help="for authors with post_pre: POST_NUM of the training; no default"
+    )
+    parser.add_argument(
+        "--lns-exponent",
+        type=float,
+        help="for lns and lns_output: exponent of l in the factors, from 0 to 1; 0 leaves the weights as they are, for "
+        "a training that raises it (LnsAnnealing); default: 0.5",
     )
     return parser
 
@@ -62,10 +76,12 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("norm_type", "post_layers"):
         if chosen.to != "authors" and getattr(chosen, name) is not None:
             raise ValueError(f"{name}: expected none with {chosen.to}, got {getattr(chosen, name)!r}")
+    if chosen.to not in SCALED and chosen.lns_exponent is not None:
+        raise ValueError(f"lns_exponent: expected none with {chosen.to}, got {chosen.lns_exponent}")
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
 
-    told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
+    told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers, chosen.lns_exponent]
     output = OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source)
     write_model(output, partial(run, chosen))
     say_written(output.path)
@@ -79,12 +95,15 @@ def run(chosen: Any, output: OutputDirectory) -> RunReport:
     from hf_cod.io.model_config import check_model_config, read_model_config
     from hf_cod.io.quantized import check_unquantized_config
     from hf_cod.layers.size import bytes_of
-    from hf_cod.models import fold_lns, from_authors, to_lns
+    from hf_cod.models import fold_lns, from_authors, to_gpas, to_layer_scale, to_lns
     from hf_cod.models.checkpoint import copy_companions
 
+    exponent = {} if chosen.lns_exponent is None else {"exponent": chosen.lns_exponent}
     conversions: dict[str, Callable[[], Any]] = {
         "stock": lambda: fold_lns(chosen.source),
-        "lns": lambda: to_lns(chosen.source),
+        **{name: partial(to_lns, chosen.source, placement=name, **exponent) for name in SCALED},
+        "gpas": lambda: to_gpas(chosen.source),
+        "layer_scale": lambda: to_layer_scale(chosen.source),
         "authors": lambda: from_authors(chosen.source, chosen.norm_type, post_layers=chosen.post_layers),
     }
     base = base_of(chosen.source)
@@ -107,7 +126,7 @@ def run(chosen: Any, output: OutputDirectory) -> RunReport:
 def _report(model: Any, chosen: Any, notes: list[str]) -> RunReport:
     from hf_cod.io.report import RunReport, environment
 
-    settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers")}
+    settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers", "lns_exponent")}
     settings["output"] = Path(chosen.output).resolve().name  # the command requires it
     return RunReport(
         kind="convert",
