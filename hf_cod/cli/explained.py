@@ -81,9 +81,13 @@ def explain_depth(plan: DepthPlan) -> None:
 def explain_repetition(plan: RepeatPlan) -> None:
     """Prints the loss of each block that a search tried, best first."""
     before, name = plan.losses["searched"], plan.metric.replace("_", " ")
-    title = f"{name} on the samples of the search; intact model: {format_number(before)}"
-    table = Table("first layer", "last layer", name, "difference", title=terminal_text(title))
+    table = Table("first layer", "last layer", name, "difference")
     for found in plan.candidates:
         told = format_number(found["loss"]), f"{found['loss'] - before:+.4f}"
         table.add_row(str(found["start"]), str(found["end"] - 1), *told)
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    console.print(
+        f"Measured on the samples of the search; {terminal_text(name)} of the intact model: {format_number(before)}.",
+        highlight=False,
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import CompressionSettings, SpeedSettings, TrainingOutput
 from hf_cod.io.settings import DTYPES, ModelSettings, TextSettings, as_in
-from hf_cod.training.healing.settings import HealSettings
+from hf_cod.training.healing.settings import HealSettings, warn_of_few_steps
 from hf_cod.training.owlore.settings import OwLoreSettings
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.cli.training import check_training, train_into
 
     check_training(settings, sampling, files, text, source.eval_text)
+    warn_of_few_steps(settings)
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved()}
     told |= asdict(sampling)

@@ -102,7 +102,7 @@ class RepeatPlan(JsonFile):
         lower = sum(found["loss"] < before for found in self.candidates)
         change = self.losses["repeated"] - self.losses["intact"]
         ends = " to ".join(f"{end:+.4f}" for end in self.interval)
-        told = f"95 % interval {ends}" if ends else "no interval, which requires more samples"
+        told = f"95 % interval {ends}" if ends else "no interval, which requires 16 samples"
         return [
             f"On the samples of the search, {lower} of {len(self.candidates)} blocks have a lower {name} than the "
             f"intact model ({format_number(before)}); the best is {_block(best['start'], best['end'])} "

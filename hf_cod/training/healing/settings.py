@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.settings import SampleFields, check_effect, check_least, check_seed
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
+logger = logging.getLogger(__name__)
+
 RECOVERY_STEPS = 100
+FEW_STEPS = 10  # below this number, tokens are worth a warning
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -148,6 +152,19 @@ class RecoveryFields(SampleFields, total=False):
 
     rank: int
     learning_rate: float
+
+
+def warn_of_few_steps(settings: HealSettings) -> None:
+    """Warns before a training whose tokens are only a few steps."""
+    if settings.tokens is not None and settings.total_steps < FEW_STEPS:
+        logger.warning(
+            "tokens: %s are %d optimizer steps of %d samples of %d tokens, which change little; use more tokens, or a "
+            "smaller --batch-size",
+            settings.tokens,
+            settings.total_steps,
+            settings.batch_size,
+            settings.sequence_length,
+        )
 
 
 def count_tokens(told: str) -> int:

@@ -78,7 +78,7 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert again == pytest.approx(found["after"], rel=1e-4)
 
 
-def test_tokens_another_text_and_a_teacher_in_bfloat16(student, tmp_path):
+def test_tokens_another_text_and_a_teacher_in_bfloat16(student, tmp_path, capsys):
     (tmp_path / "other.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 80)
     command = (
         f"heal {student} --teacher {TEACHER} {QUICK} --method full --no-plots --tokens 1k --teacher-dtype bfloat16"
@@ -88,6 +88,7 @@ def test_tokens_another_text_and_a_teacher_in_bfloat16(student, tmp_path):
     assert main([*command.split(), *files]) == 0
     report = RunReport.load(tmp_path / "out")
     assert report.settings["steps"] == 2 and report.results["tokens"] == 1024
+    assert "tokens: 1k are 2 optimizer steps of" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(student)
     other = pack(tokenizer, [(tmp_path / "other.txt").read_text()], 64)[:8].long()
     model, _ = load_model(str(tmp_path / "out"), ModelSettings(device="cpu"))

@@ -159,7 +159,7 @@ def test_a_null_result_is_told():
     assert not includes.gains and includes.summary()[-1] == "No block was found that lowers the loss."
     assert "1 of 2 blocks have a lower loss" in includes.summary()[0]
     assert "by -0.0100, from 2 to 1.99 (95 % interval -0.0300 to +0.0040)" in includes.summary()[1]
-    assert not planned([]).gains and "requires more samples" in planned([]).summary()[1]
+    assert not planned([]).gains and "requires 16 samples" in planned([]).summary()[1]
 
 
 @pytest.mark.parametrize(
