@@ -26,15 +26,20 @@ TARGETS = {"lns": 1.01, "mix": 1.05, "post": 1.05, "sandwich": 1.05}
 # A size for quick runs on a CPU; the others are those of the papers. With the small vocabulary the layers dominate.
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 SMALL_VOCABULARY = 2048
+# Modifiers of a placement, as "pre+gpas" -> fields of the config.
+MODIFIERS = {"gpas": {"gpas": True}, "layer_scale": {"layer_scale": 1.0}}
+NAMES = [*PLACEMENTS, *(f"pre+{name}" for name in MODIFIERS)]
 # Leaf operations that allocate or rename memory and compute nothing.
 NO_KERNELS = ("empty", "view", "as_strided", "reshape", "alias", "detach", "result_type", "_local_scalar_dense")
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model in train mode, and its optimizer; `name` is a placement or "stock"."""
+    """A model in train mode, and its optimizer; `name` is of `NAMES`, or "stock"."""
     small = {**SMALL, "vocab_size": SMALL_VOCABULARY} if args.size == "small" else {}
     size = "130M" if args.size == "small" else args.size
-    config = llama_preset(size, "pre" if name == STOCK else name, use_cache=False, **small)
+    placement, _, modifier = name.partition("+")
+    modified = {**small, **MODIFIERS.get(modifier, {})}
+    config = llama_preset(size, "pre" if name == STOCK else placement, use_cache=False, **modified)
     torch.manual_seed(0)
     if name == STOCK:
         names = LlamaConfig().to_dict().keys() - {"model_type", "architectures"}
@@ -97,9 +102,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as text."""
-    head = f"{'':12} {'ms a step':>10} {'ratio':>7} {'target':>7} {'extra kernels':>14} {'peak MiB':>9} {'ratio':>7}"
+    head = f"{'':16} {'ms a step':>10} {'ratio':>7} {'target':>7} {'extra kernels':>14} {'peak MiB':>9} {'ratio':>7}"
     rows = [
-        f"{name:12} {1000 * r['seconds']:10.1f} {r['ratio']:7.3f} {TARGETS.get(name, ''):>7} "
+        f"{name:16} {1000 * r['seconds']:10.1f} {r['ratio']:7.3f} {TARGETS.get(name, ''):>7} "
         f"{r['extra_kernels']:+14d} {r['peak_mib']:9.1f} {r['memory_ratio']:7.3f}"
         for name, r in results.items()
     ]
@@ -110,7 +115,7 @@ def main() -> None:
     """Parses the arguments, measures, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", *LLAMA_PRESETS], default="small")
-    parser.add_argument("--placements", nargs="+", choices=list(PLACEMENTS), default=list(PLACEMENTS))
+    parser.add_argument("--placements", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)

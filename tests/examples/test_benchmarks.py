@@ -20,7 +20,7 @@ QUICK = {
     "benchmarks/experts.py": "--experts 2 --top-k 1 --hidden 64 --intermediate 64 --tokens 1 4 --rounds 1",
     "benchmarks/few_tokens.py": f"--layers 1 --rows 4 --samples 12 --text {TEXT}",
     "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
-    "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns",
+    "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns pre+gpas",
     "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
     "benchmarks/reading.py": "--layers 2 --hidden 8 --intermediate 8 --rounds 2",
     "benchmarks/smaller.py": "--prompt 8 --new-tokens 2 --rounds 1 --layers 2",
