@@ -186,6 +186,19 @@ def late_share(contributions: Tensor) -> Tensor:
     return torch.where(total > 0, (contributions * late).sum(-1) / total, 0.5)
 
 
+def usefulness(intact: float, replaced: Tensor, threshold: float = 0.1) -> float:
+    """Share of the layers whose replacement by a linear map raises the loss by more than `threshold` of it.
+
+    Usefulness of arXiv 2603.15389, with its threshold of 10 %.
+
+    Args:
+        intact: the loss of the model, above 0.
+        replaced: (L,), the loss with each layer replaced.
+        threshold: least relative increase of a useful layer.
+    """
+    return float((replaced > (1 + threshold) * intact).double().mean())
+
+
 def bootstrap_interval(
     samples: Tensor,
     statistic: Callable[[Tensor], Tensor],
