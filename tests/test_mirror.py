@@ -55,7 +55,7 @@ TESTED_BY = {
         "compression/depth/repeat_plan.py compression/depth/repeat_probe.py compression/depth/repeat_search.py"
     ),
     "compression/experts/test_dropper.py": (
-        "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
+        "compression/experts/expert_plan.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
     ),
     "compression/export/test_plan.py": "compression/export/settings.py",

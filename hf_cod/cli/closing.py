@@ -6,6 +6,8 @@ from typing import Any
 
 from hf_cod.io.report import format_number
 
+# Baseline that replaces a plan with a higher perplexity -> what it is.
+RIVALS = {"uniform": "a uniform plan", "three": "3 bits for all layers"}
 # For models that transformers alone cannot load, the last sentence.
 TO_LOAD = "To load it, import hf_cod before from_pretrained."
 
@@ -27,15 +29,23 @@ def does_harm(alike: float | None, by_score: float | None) -> bool:
     return alike < by_score and format_number(alike) != format_number(by_score)
 
 
-def harm_notes(fallback: dict[str, Any]) -> list[str]:
-    """A note on the fallback to a uniform plan, from results["fallback"] of a report of `compression.run`, if any."""
+def harm_notes(fallback: dict[str, Any], rival: str) -> list[str]:
+    """A note on the baseline that replaced a plan by score, if one did.
+
+    Args:
+        fallback: results["fallback"] of a report of `compression.run`; empty if the plan was kept.
+        rival: name of the baseline, of `RIVALS`.
+    """
     if not fallback:
         return []
     by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "uniform"))
+    scored, kept = f"score {fallback['score']}", "score"
+    if "experts" in fallback:
+        scored, kept = f"{scored} of layers with score {fallback['experts']} of experts", "scores"
     return [
-        f"score {fallback['score']} had a higher perplexity ({by_score}) than a uniform plan ({alike}), so the uniform "
-        "plan was applied; --force keeps the score. Both perplexities are of the reported evaluation samples, so the "
-        "reported one is the lower of the two."
+        f"{scored} had a higher perplexity ({by_score}) than {RIVALS[rival]} ({alike}), which was applied instead; "
+        f"--force keeps the {kept}. Both perplexities are of the reported evaluation samples, so the reported one is "
+        "the lower of the two."
     ]
 
 

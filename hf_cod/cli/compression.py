@@ -5,8 +5,8 @@ Load, split the text, measure, plan, apply, save, reload, measure, report.
 A command provides its settings and a `Step`. Report keys have the same meaning for all commands. In `results`,
 "perplexity", "memory_bytes" and "speed" have values for "intact" and for the result of the step; "perplexity" also for
 the baselines. "disk_bytes" is the size of the saved weights, "evaluation" describes the samples for perplexity,
-"score_settings" has the settings of the scores. "fallback" has the compared perplexities if the uniform plan replaced
-that by score.
+"score_settings" has the settings of the scores. "fallback" has the scores and the compared perplexities if a baseline
+replaced the plan by score.
 """
 
 from __future__ import annotations
@@ -148,11 +148,11 @@ def _complete(
         results=results,
     )
     found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
-    return replace(report, summary=found, notes=[*report.notes, *harm_notes(fallback)])
+    return replace(report, summary=found, notes=[*report.notes, *harm_notes(fallback, step.rival)])
 
 
 def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, Any]:
-    """Score and perplexities of the current model and the uniform plan, if the uniform plan is better.
+    """Scores and perplexities of the current model and of the rival of its plan, if the rival is better.
 
     Empty if it is not better, if it was not measured, or with `force`.
     """
@@ -162,7 +162,7 @@ def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, A
     if not does_harm(alike, by_score):
         return {}
     score = getattr(plan, "method", None) or (work.scores.method if work.scores else "")
-    return {"score": score, "perplexity": by_score, "uniform": alike}
+    return {"score": score, **step.further_scores(), "perplexity": by_score, "uniform": alike}
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> list[str]:

@@ -81,6 +81,10 @@ class Step(ABC):
         """
         return {}
 
+    def further_scores(self) -> dict[str, str]:
+        """What else than layers a plan scores -> the score, as "experts"."""
+        return {}
+
     @abstractmethod
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Applies a plan to `work.model` in place; returns the report of the function that did."""

@@ -40,21 +40,30 @@ def expert_sets(layer: nn.Module, path: str) -> list[ExpertSet]:
         count = linears[0].experts
         router = _router(modules, path, name, {count}, inside)
         if (router is not None and count > 1) or _counts_in(modules, name, count):
-            sets.append(ExpertSet(name, count, linears, router, modules=[*modules[name].children()]))
+            sets.append(ExpertSet(name, count, linears, router, modules=[*listed_experts(modules[name]).values()]))
     return sets
+
+
+def listed_experts(module: nn.Module) -> dict[str, nn.Module]:
+    """Key -> module of those in a list or dict that have weights; none of another module. NLLB-MoE holds a dropout
+    beside its experts.
+    """
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {}
+    return {key: child for key, child in module._modules.items() if child is not None and [*child.parameters()]}
 
 
 def _of_list(name: str, module: nn.Module) -> list[ListedMatrix]:
     """The matrices of modules in a list that are alike and have several matrices each, as experts are."""
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) == 0:
+    children = listed_experts(module)
+    if not children:
         return []
-    children = dict(module.named_children())
     found = [
         {inner: m for inner, m in walk(child, f"{name}.{key}") if is_linear_like(m)} for key, child in children.items()
     ]
     shapes = [[(inner.split(".")[name.count(".") + 2 :], shape_of(m)) for inner, m in one.items()] for one in found]
     alike = len({type(child) for child in children.values()}) == 1 and all(each == shapes[0] for each in shapes)
-    if not alike or len(found) != len(module) or len(found[0]) < 2:
+    if not alike or len({*map(id, children.values())}) != len(children) or len(found[0]) < 2:
         return []
     ends = [".".join(end) for end, _ in shapes[0]]
     listed = [dict([*one.items()][place] for one in found) for place in range(len(ends))]

@@ -68,7 +68,7 @@ def choose_modules(stack: DecoderLayers, settings: Any) -> ModuleChoice:
         chosen = chosen - matching("exclude", given["exclude"], names)
     if not chosen:
         raise ValueError(f"exclude: expected names that leave some of the included matrices, got {given['exclude']!r}")
-    excluded = {name: weights for name, weights in _sizes(stack).items() if name not in chosen}
+    excluded = {name: weights for name, weights in matrix_sizes(stack).items() if name not in chosen}
     view = replace(stack, excluded=frozenset(excluded), included=frozenset(included & chosen))
     return ModuleChoice(view, excluded, given)
 
@@ -125,7 +125,7 @@ def _names(stack: DecoderLayers) -> dict[str, set[str]]:
     return found
 
 
-def _sizes(stack: DecoderLayers) -> dict[str, int]:
+def matrix_sizes(stack: DecoderLayers) -> dict[str, int]:
     """Matrix -> its number of weights, those of all experts together; nothing is loaded or decoded."""
     found: dict[str, int] = {}
     for index in range(len(stack)):

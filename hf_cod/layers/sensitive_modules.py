@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_cod.layers.module_choice import by_place
+from hf_cod.layers.experts import ListedMatrix
+from hf_cod.layers.module_choice import by_place, matrix_sizes
 from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers
@@ -127,8 +128,28 @@ def left_notes(stack: DecoderLayers, left: Mapping[str, str]) -> list[str]:
                 f"{len(names)} matri{'x' if len(names) == 1 else 'ces'} of {weights:,} weights not quantized, each "
                 f"{kind}: {'; '.join(by_place(names))}; `include` them by name to quantize them"
             )
-    others = {name: reason for name, reason in left.items() if reason not in (ROUTER, GATE, LATENT)}
-    return [*notes, *(f"{name} is not quantized: {reason}" for name, reason in others.items())]
+    return [*notes, *_other_notes(stack, {n: why for n, why in left.items() if why not in (ROUTER, GATE, LATENT)})]
+
+
+def _other_notes(stack: DecoderLayers, left: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each reason; the matrices of experts that are Linears have one name in it."""
+    sizes = matrix_sizes(stack)
+    listed = {
+        name: matrix.name
+        for index in range(len(stack))
+        for experts in stack.expert_sets(index)
+        for matrix in experts.matrices
+        if isinstance(matrix, ListedMatrix) and len({left.get(name) for name in matrix.linears}) == 1
+        for name in matrix.linears
+    }
+    for reason in dict.fromkeys(left.values()):
+        names = [name for name, why in left.items() if why == reason]
+        if len(names) == 1:
+            yield f"{names[0]} is not quantized: {reason}"
+        else:
+            places = by_place(dict.fromkeys(listed.get(name, name) for name in names))
+            weights = sum(sizes.get(name, 0) for name in names)
+            yield f"{len(names)} matrices of {weights:,} weights are not quantized ({reason}): {'; '.join(places)}"
 
 
 def _beside(name: str, experts: str) -> bool:

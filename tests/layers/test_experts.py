@@ -10,7 +10,7 @@ from hf_cod.layers.expert_discovery import expert_sets
 from hf_cod.layers.experts import ExpertMatrix, ListedMatrix
 from tests import references
 from tests.layers.test_expert_routing import with_lists
-from tests.tiny_models import MIXTURE_TYPES, batch_for, build, build_mixture
+from tests.tiny_models import MIXTURE_TYPES, batch_for, build, build_encoder_decoder, build_mixture
 
 # Type -> names of the last layer's experts, of their router, and which of their matrices are stored as (in, out).
 FOUND = {
@@ -53,6 +53,19 @@ def test_experts_of_attention_are_a_set_of_their_own():
     assert {experts.router.name.split(".", 3)[3] for experts in found} == {
         "mlp.router.layer", "self_attention.experts.router.layer",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nllb-moe", "switch_transformers"])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_experts_in_a_dict_beside_a_dropout(kind, side):
+    """One router chooses one of them for each token; NLLB-MoE has experts in some layers only."""
+    stack = find_decoder_layers(build_encoder_decoder(kind), side)
+    (experts,) = stack.expert_sets(3)
+    assert experts.count == len(experts.modules) == 4 and experts.router.name.endswith(".router.classifier")
+    assert experts.router.shape == (4, 32) and not experts.shared
+    own = {id(p) for m in experts.modules for p in m.parameters() if p.dim() == 2}
+    assert sum(experts.sizes()) == sum(p.numel() for p in stack[3].parameters() if id(p) in own) and len(own) == 8
+    assert [one.count for one in stack.expert_sets(0)] == ([] if kind == "nllb-moe" else [4])
 
 
 def test_shared_experts_in_a_bank_have_no_router():

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from hf_cod import OwlBnbConfig, find_decoder_layers, plan_bits, quantize
 from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.sensitive_modules import GATE, LATENT, ROUTER, sensitive_modules
-from tests.tiny_models import CAUSAL, build, two_batches
+from tests.tiny_models import CAUSAL, build, build_encoder_decoder, two_batches
 
 _MOE = {
     "hidden_size": 32,
@@ -123,6 +123,17 @@ def test_they_are_not_quantized_but_counted(name, tmp_path):
     with torch.no_grad():
         # What stays dense may be loaded to another alignment, for which its sums are rounded otherwise.
         torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_in_a_list_that_are_left_are_one_name():
+    """Switch Transformers reads the dtype of `wo`, which bytes do not have."""
+    model = build_encoder_decoder("switch_transformers")
+    report = quantize(model, OwlBnbConfig(bits=3, block=32), layers_path="decoder")
+    (note,) = [note for note in report.notes if "(the model reads its weight itself" in note]
+    assert note.startswith("16 matrices of 49,152 weights are not quantized (the model reads ")
+    assert note.endswith("): decoder.block.*.layer.2.mlp.experts.*.wo (layers 0 to 3)")
+    stack = find_decoder_layers(model, "decoder")
+    assert sum(stack.count_weights(index) for index in range(4)) == sum(report.layers["parameters"]) + 49_152 + 512
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)

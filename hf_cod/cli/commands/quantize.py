@@ -182,6 +182,10 @@ class Quantize(Step):
         """All layers at three bits, and all at four."""
         return {"three": 3.0, "four": 4.0} if self.settings.baseline and self.settings.mixed else {}
 
+    def further_scores(self) -> dict[str, str]:
+        """The score of experts."""
+        return {} if self.settings.experts is None else {"experts": self.settings.experts}
+
     def apply(self, work: Work, plan: LayerAllocation | float) -> RunReport:
         """Quantizes in place, by the chosen method of rounding."""
         from hf_cod.analysis.statistics.layer_statistics import collect_statistics

@@ -50,6 +50,17 @@ class Cut:
         changes.set(self.owner, self.key, new)
 
 
+@torch.no_grad()
+def mix_listed(experts: ExpertSet, kept: Sequence[int], mixing: Mixing, changes: Changes) -> None:
+    """Puts mixed parameters in the place of those of kept experts that are modules."""
+    for name, _ in experts.modules[0].named_parameters():
+        path, _, key = name.rpartition(".")
+        owners = [module.get_submodule(path) for module in experts.modules]
+        old = [getattr(owner, key) for owner in owners]
+        for expert, new in zip(kept, mixing(torch.stack([p.detach() for p in old])), strict=True):
+            changes.set(owners[expert], key, nn.Parameter(new.clone(), requires_grad=old[expert].requires_grad))
+
+
 def find_cuts(stack: DecoderLayers, rebuilt: DecoderLayers, sets: Mapping[str, ExpertSet], left: int) -> Iterator[Cut]:
     """The tensors that are smaller in a model with fewer experts.
 

@@ -18,12 +18,14 @@ from hf_cod.io.display import one_line
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.expert_counts import counts_experts, is_top_k
+from hf_cod.layers.expert_discovery import expert_sets, listed_experts
 from hf_cod.layers.experts import ExpertSet
 from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.config_surgery import Changes
-from hf_cod.layers.removal.expert_cuts import Cut, Mixing, find_cuts
+from hf_cod.layers.removal.expert_cuts import Cut, Mixing, find_cuts, mix_listed
 from hf_cod.layers.removal.rebuilding import differences, rebuilt_from_config
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.stacks import DECODER, ENCODER, named_stacks
 from hf_cod.models.own_config import own_config
 
 # Config fields that count groups of experts: a token goes to the experts of the best groups only (DeepSeek-V3).
@@ -37,13 +39,15 @@ def mixtures_of(stack: DecoderLayers) -> dict[str, ExpertSet]:
     """Name -> experts, of all experts among which a router chooses, in the order of the layers.
 
     Raises:
-        ValueError: there are none, or not equally many everywhere; some have no weights; no config counts the layers.
+        ValueError: there are none, or not equally many everywhere; some have no weights; no config counts the layers;
+            encoder and decoder have experts.
     """
     sets = [experts for index in range(len(stack)) for experts in stack.expert_sets(index) if not experts.shared]
     if not sets:
         raise ValueError(f"model: expected a mixture of experts, got {name_of(stack)}, whose layers have no experts")
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none")
+    _check_other_side(stack)
     for experts in sets:
         counts = sorted({matrix.experts for matrix in experts.matrices})
         if len(counts) > 1:
@@ -58,6 +62,20 @@ def mixtures_of(stack: DecoderLayers) -> dict[str, ExpertSet]:
             f"{sets[0].name} and {odd.count} in {odd.name}"
         )
     return {experts.name: experts for experts in sets}
+
+
+def _check_other_side(stack: DecoderLayers) -> None:
+    """Checks that the other side of an encoder-decoder has no experts: one config field counts those of both."""
+    for other in named_stacks(stack.model) if stack.name in (ENCODER, DECODER) else []:
+        path = other.path
+        layers: Any = stack.model.get_submodule(path)
+        if path != stack.layers_path and any(
+            not experts.shared for i, layer in enumerate(layers) for experts in expert_sets(layer, f"{path}.{i}")
+        ):
+            raise ValueError(
+                f"model: expected experts in {stack.name} alone, as the config of {type(stack.model).__name__} counts "
+                f"those of encoder and decoder once, got some in {other.name}; experts of one side are not removed"
+            )
 
 
 def groups_of(config: Any) -> int:
@@ -108,6 +126,9 @@ def remove_experts(
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
     try:
+        for name, experts in mixtures_of(stack).items():
+            if experts.modules and name in (mixing or {}) and name in kept:
+                mix_listed(experts, kept[name], (mixing or {})[name], changes)
         notes, cuts = _prepare(stack, kept, changes)
         for cut in cuts:
             cut.apply(kept[cut.experts], (mixing or {}).get(cut.experts) if cut.mixed else None, changes)
@@ -221,9 +242,11 @@ def _numbers(config: Any) -> Iterator[tuple[Any, str, int]]:
 
 
 def _shorten(module: nn.Module, kept: Sequence[int], changes: Changes) -> None:
-    """Keeps some modules of a list or dict."""
-    keys, children = [*module._modules], [*module._modules.values()]
-    changes.set(module, "_modules", OrderedDict(zip(keys, (children[e] for e in kept), strict=False)))
+    """Keeps some experts of a list or dict, under the first keys."""
+    experts = listed_experts(module)
+    left = dict(zip(experts, ([*experts.values()][e] for e in kept), strict=False))
+    rest = {key: child for key, child in module._modules.items() if key not in experts}
+    changes.set(module, "_modules", OrderedDict({**left, **rest}))
 
 
 def _change_numbers(stack: DecoderLayers, rebuilt: DecoderLayers, ratio: float, changes: Changes) -> None:

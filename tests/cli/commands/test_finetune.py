@@ -30,7 +30,7 @@ from hf_cod.training.runs.memory import LiveStorages, gradients_counted, state_o
 from hf_cod.training.runs.methods import METHODS, set_up
 from hf_cod.training.runs.trainer import scores_to_draw_by
 from hf_cod.training.runs.training_settings import TrainingSettings
-from tests.tiny_models import MIXTURES, build, build_mixture
+from tests.tiny_models import MIXTURE_TYPES, MIXTURES, build, build_mixture
 from tests.tiny_training import dies_in_step_five
 
 ANY = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --save-every 2"
@@ -184,8 +184,8 @@ def test_estimates_of_mixtures_of_experts(family):
     assert found.total > 1.2 * found.weights > 0
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
-@pytest.mark.parametrize("method", ["owlore", "lisa", "lora"])
+@pytest.mark.parametrize("kind", MIXTURE_TYPES)
+@pytest.mark.parametrize("method", METHODS)
 def test_estimates_of_mixtures_are_those_of_real_tensors(kind, method):
     """Two real steps on the same layers; the estimate is within 1 %."""
     how = OwLoreSettings(n_active=2, rank=2 if method == "owlore" else None, floor=1.0)

@@ -185,6 +185,21 @@ def test_three_bits_replace_a_mixture_that_is_worse(model, tmp_path, capsys, mon
     assert (plan.values, plan.budget, plan.method) == ([3.0] * 12, 3.0, "uniform")
 
 
+def test_the_note_on_three_bits_names_both_scores(tmp_path, capsys, monkeypatch):
+    mixture().save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    found = iter([50.0, 60.0, 55.0, 70.0, 60.0])
+    monkeypatch.setattr("hf_cod.cli.work.Work.perplexity", lambda work: next(found))
+    text = ["--text", str(tmp_path / "text.txt"), "--no-plots", "--bits", "3.6", "--block", "32"]
+    text += ["--sequence-length", "8", "--eval-samples", "5", "--rounding", "nearest", "--score", "depth"]
+    assert quantize(str(tmp_path / "model"), tmp_path / "out", *text, "--experts", "reap") == 0
+    report, shown = RunReport.load(tmp_path / "out"), " ".join(capsys.readouterr().out.split())
+    told = "score depth of layers with score reap of experts had a higher perplexity (70) than 3 bits for all layers"
+    assert told in shown and "--force keeps the scores" in shown
+    assert report.results["fallback"] == {"score": "depth", "experts": "reap", "perplexity": 70.0, "uniform": 60.0}
+
+
 def test_version_0_1_and_a_run_without_force_have_one_identity():
     identities = [Quantize(QuantizeOptions(force=force)).identity() for force in (False, True)]
     assert "force" not in identities[0] and identities[1] == {**identities[0], "force": True}

@@ -21,7 +21,15 @@ from hf_cod.layers.removal.expert_cuts import Cut
 from hf_cod.layers.removal.experts import mixtures_of
 from tests.compression.experts.references import masked, merged
 from tests.layers.test_expert_routing import with_lists
-from tests.tiny_models import MIXTURE_TYPES, batch_for, build, build_mixture, outputs
+from tests.tiny_models import (
+    MIXTURE_TYPES,
+    batch_for,
+    build,
+    build_encoder_decoder,
+    build_mixture,
+    outputs,
+    seq2seq_batch,
+)
 
 # Field of the config that counts experts, where it is not num_local_experts or num_experts.
 COUNTS = {"dbrx": "ffn_config.moe_num_experts", "deepseek_v3": "n_routed_experts", "glm4_moe": "n_routed_experts"}
@@ -310,6 +318,14 @@ def test_what_no_config_can_say():
     model = build_mixture("mixtral")
     model.model.layers[1].mlp.register_parameter("of_each", nn.Parameter(torch.zeros(4)))
     untouched(model, "experts: expected kept experts that the config of Mixtral", 0.5, batches=[])
+
+
+@pytest.mark.parametrize("kind", ["nllb-moe", "switch_transformers"])
+@pytest.mark.parametrize("side, other", [("encoder", "decoder"), ("decoder", "encoder")])
+def test_experts_of_both_sides_are_counted_once(kind, side, other):
+    model = build_encoder_decoder(kind)
+    message = f"model: expected experts in {side} alone, as the config of .* counts .* once, got some in {other}"
+    untouched(model, message, 0.25, batches=[seq2seq_batch(model)], layers_path=side)
 
 
 def test_a_table_of_experts_by_token_is_refused():
