@@ -75,10 +75,13 @@ def factorize(
     | oats | the scaled error with an additional sparse S, || (W - B A - S) D ||_F (arXiv 2409.13652) | batches |
 
     With batches, layers are changed one after another; the calibration inputs of a layer are the outputs of the changed
-    layers before it. Embeddings, head, norms, biases and banks of experts are left unchanged. Linears and Conv1D become
-    `LowRankLinear`, and the model and its config get a subclass of their classes (`models/shaping.py`):
-    save_pretrained, generate, device_map and PEFT (name "all-linear") work, and so does from_pretrained, with this
-    package installed, or without it by trust_remote_code.
+    layers before it. Embeddings, head, norms and biases are left unchanged. Linears and Conv1D become `LowRankLinear`.
+    Parameters of banks of experts become `LowRankExperts`, with one rank for all experts of a matrix: each is whitened
+    by the inputs of its own tokens, and a token is multiplied by the factors of its experts only. An expert with fewer
+    tokens than 1/16 of its input channels is whitened by the inputs of all experts, or not at all where channels are
+    its own; notes count such experts. oats leaves banks unchanged. The model and its config get a subclass of their
+    classes (`models/shaping.py`): save_pretrained, generate, device_map and PEFT (name "all-linear") work, and so does
+    from_pretrained, with this package installed, or without it by trust_remote_code.
 
     The report's `layers` hold `parameter_share` (share of the layer's weights that is kept), `full_rank_share` (mean
     share of full rank that is kept, weighted by weights), `error` (share of the outputs' energy that is lost, mean over
@@ -106,16 +109,18 @@ def factorize(
         show_progress: show a progress bar.
         settings: how matrices are factorized.
         **fields: or fields of `FactorizeSettings` by name: `factor_share`, for oats, the part of the kept weights that
-            is in the thin factors, between 0 and 1; `include` and `exclude`, the matrices to factorize, as PEFT's
+            is in the thin factors, between 0 and 1; `expert_basis`, "own" (default) or "shared", whether the experts
+            of a bank share the factor on the side of the hidden state (`functional/expert_factorization.py`; if the
+            plan has ranks by matrix, that of the plan); `include` and `exclude`, the matrices to factorize, as PEFT's
             target_modules and exclude_modules (the budget is that of all matrices); for texts, also fields of
             `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
             batches, weights that cannot be replaced (adapters, quantized, offloaded, shared, already factorized), a
-            model class of neither transformers nor hf_cod, a model that changes its weights in eval mode for good; in
-            these cases the model is left unchanged. NaN or infinity in weights or activations (says where): see
-            `model`.
+            basis that is shared by no experts, a model class of neither transformers nor hf_cod, a model that changes
+            its weights in eval mode for good; in these cases the model is left unchanged. NaN or infinity in weights or
+            activations (says where): see `model`.
     """
     how = resolve(factorize, FactorizeSettings, settings, fields, method=method)
     method = how.method

@@ -67,6 +67,8 @@ class FactorizeSettings:
         if not 0 < self.factor_share < 1:
             raise ValueError(f"factor_share: expected a share between 0 and 1, got {self.factor_share}")
         check_choice("expert_basis", self.expert_basis, EXPERT_BASES)
+        if self.method == "oats" and self.expert_basis != OWN:
+            raise ValueError(f"expert_basis: expected {OWN} with oats, which keeps banks, got {self.expert_basis}")
         check_names(self)
 
 

@@ -65,7 +65,7 @@ def plan_ranks(
     | spectrum | lost share of the outputs' energy (without batches, of the weights'), equally weighted | nothing |
 
     The costs of fisher are from `statistics.output_gradients`; a matrix whose cost is not known there has the mean of
-    its layer.
+    its layer. The matrices of a bank of experts have one rank for all experts, and the sum of their spectra.
 
     Args:
         model: a transformers model with plain weights; it is not changed.
@@ -80,9 +80,9 @@ def plan_ranks(
         layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show a progress bar.
         settings: how ranks are distributed over matrices.
-        **fields: or fields of `RankSettings` by name: `include` and `exclude`, the matrices to factorize, as PEFT's
-            target_modules and exclude_modules; for texts, also fields of `SampleSettings`: sequence_length,
-            max_samples, batch_size, pack, seed.
+        **fields: or fields of `RankSettings` by name: `expert_basis`, as `factorize` has it; `include` and `exclude`,
+            the matrices to factorize, as PEFT's target_modules and exclude_modules; for texts, also fields of
+            `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: quantized or packed weights, an unknown method, fisher without a loss, a budget out of range (says

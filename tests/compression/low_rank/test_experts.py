@@ -231,6 +231,8 @@ def test_refused(tmp_path):
         factorize(build("llama"), 0.5, "plain", expert_basis="shared")
     with pytest.raises(ValueError, match="expert_basis: expected one of own, shared, got 'common'"):
         factorize(build("llama"), 0.5, "plain", expert_basis="common")
+    with pytest.raises(ValueError, match="expert_basis: expected own with oats, which keeps banks, got shared"):
+        factorize(build("llama"), 0.5, "oats", expert_basis="shared")
     model = build_mixture("mixtral")
     with pytest.raises(ValueError, match="expert_basis: expected shared, for which the plan has ranks, got own"):
         factorize(model, plan_for(model, "shared"), "plain")
