@@ -295,7 +295,7 @@ def expert_scores(model, batch, threshold=5.0):
     matrices = {name: W for index in range(len(stack)) for name, W in stack.matrices(index)}
     sets = {experts.name: experts for index in range(len(stack)) for experts in stack.expert_sets(index)}
     found = {"reap": {}, "router_weight": {}, "frequency": {}, "owl": {}}
-    inputs = _inputs_of_experts(model, batch)
+    inputs = inputs_of_experts(model, batch)
     for name, routed in routed_experts(model, batch).items():
         for method in found:
             found[method][name] = []
@@ -312,7 +312,7 @@ def expert_scores(model, batch, threshold=5.0):
     return found
 
 
-def _inputs_of_experts(model, batch):
+def inputs_of_experts(model, batch):
     """(matrix, expert) -> (its inputs, their tokens): those of later matrices follow from those of the first."""
     stack, found = find_decoder_layers(model), {}
     routed = routed_experts(model, batch)

@@ -57,6 +57,7 @@ GROUPS = {
     ),
     "settings of the method": (
         *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
+        "expert_basis",
         *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size"),
         *("double_quant", "skip"),
         *("knobs", "n_verified"),

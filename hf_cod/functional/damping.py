@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Sums of products of fewer tokens than this share of the channels are not used: the least share for which error
+# compensation gains (`examples/benchmarks/few_tokens.py`).
+LEAST_TOKENS = 1 / 16
 # How many times damping is raised tenfold before the factorization fails.
 MORE_DAMPING = 6
 

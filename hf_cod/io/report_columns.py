@@ -24,6 +24,7 @@ MEANINGS = {
     "runs": "how often the layer runs",
     "score": "importance of the layer by the score in the settings; higher is more important",
     "share_of_channels": "share of the MLP's channels that is kept",
+    "share_of_expert_channels": "share of each expert's channels that is kept",
     "share_of_heads": "share of the attention heads that is kept",
     "sparsity": "share of the weights that are zero",
     "target": "share of zeros that was planned",

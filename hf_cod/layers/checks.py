@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_cod.layers.experts import check_weight_in_memory
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.factors import LowRankExperts, LowRankLinear
 from hf_cod.models.shaping import check_shapeable
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +36,12 @@ def check_without_adapter(model: nn.Module, source: str) -> None:
         )
 
 
-def check_writable(stack: DecoderLayers) -> None:
+def check_writable(stack: DecoderLayers, factors: bool = False) -> None:
     """Checks that each matrix can be changed in place.
+
+    Args:
+        stack: the layers.
+        factors: whether experts may be factors, as for training.
 
     Raises:
         ValueError: adapters, quantized, offloaded or sharded weights; a weight that two matrices share (or a matrix
@@ -51,7 +55,7 @@ def check_writable(stack: DecoderLayers) -> None:
                 f"model: expected plain weights, got an adapter at {stack.layers_path}.{index}.{adapter}; "
                 "call merge_and_unload first, or prune the base model"
             )
-        for name, weight in _parameters(stack, index):
+        for name, weight in _parameters(stack, index, factors):
             _check_plain(name, weight)
             shared = [other for other in names[id(weight)] if other != names[id(weight)][0]]
             if shared:
@@ -85,13 +89,19 @@ def check_reshapeable(stack: DecoderLayers, doing: str) -> None:
         raise ValueError(f"model: expected dense matrices, got factors in {before}; {doing} the original model")
 
 
-def _parameters(stack: DecoderLayers, index: int) -> Iterator[tuple[str, Any]]:
+def _parameters(stack: DecoderLayers, index: int, factors: bool) -> Iterator[tuple[str, Any]]:
     for name, module in stack.linears(index).items():
         yield name, getattr(module, "weight", None)
-    yield from ((matrix.name, matrix.parameter) for matrix in stack.expert_matrices(index))
+    for name, parameter in ((matrix.name, matrix.parameter) for matrix in stack.expert_matrices(index)):
+        if factors and isinstance(parameter, LowRankExperts):
+            yield from ((f"{name}.{key}", factor) for key, factor in parameter.named_parameters())
+        else:
+            yield name, parameter
 
 
 def _check_plain(name: str, weight: Any) -> None:
+    if isinstance(weight, LowRankExperts):
+        raise ValueError(f"model: expected dense matrices, got factors of experts in {name}; use the original model")
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
         kind = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         raise ValueError(f"model: expected plain floating-point weights, got {kind} in {name}; prune before quantizing")

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.layers.expert_parameters import ExpertParameter, ExpertView
 from hf_cod.layers.experts import ExpertMatrix, ExpertSet
 from hf_cod.layers.followed_rows import FollowedRows, Rows
+from hf_cod.models.expert_parameters import ExpertParameter, ExpertView
 
 Enters = Callable[[str, int, Tensor, "Tensor | None"], None]
 """(matrix's name, expert, its inputs (n, in), the indices (n,) of their tokens in the batch or None if unknown)."""

@@ -22,10 +22,10 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hf_cod.layers.expert_counts import counts_of
-from hf_cod.layers.expert_parameters import ExpertParameter, ExpertView
 from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of, turned
 from hf_cod.layers.weights import weight_of
+from hf_cod.models.expert_parameters import ExpertParameter, ExpertView, parameters_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,15 +241,6 @@ def check_weight_in_memory(name: str, weight: Tensor) -> None:
 def expert_matrices(modules: Iterable[tuple[str, nn.Module]]) -> list[ExpertMatrix]:
     """The matrices of banks and stacks among these modules."""
     return [matrix for name, module in modules for matrix in _of_bank(name, module)]
-
-
-def parameters_of(module: nn.Module) -> list[tuple[str, Any]]:
-    """(key, parameter) of those that a module holds itself, packed ones in their places."""
-    found: list[tuple[str, Any]] = [*module.named_parameters(recurse=False)]
-    packed = [(key, child) for key, child in module.named_children() if isinstance(child, ExpertParameter)]
-    for key, child in sorted(packed, key=lambda one: one[1].place):
-        found.insert(child.place, (key, child))
-    return found
 
 
 def _of_bank(name: str, module: nn.Module) -> list[ExpertMatrix]:

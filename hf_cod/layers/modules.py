@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_cod.layers.expert_parameters import ExpertParameter
 from hf_cod.layers.orientation import is_linear
+from hf_cod.models.expert_parameters import ExpertParameter
 
 
 def is_linear_like(module: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def _active(X: Tensor, sources: list[Tensor], seed: Tensor) -> list[Tensor]:
 
 def mixes_tokens(X: Tensor, outputs: list[Tensor]) -> bool:
     """Whether the input of a matrix at odd tokens depends on even ones."""
-    if X.dim() < 3:
+    if X.dim() < 3 or not outputs:
         return False
     seed = torch.zeros_like(X)
     seed[:, 1::2] = 1

@@ -272,6 +272,10 @@ def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: di
             break  # the matrix depends on these at most as a whole, through the hidden state
         if readers:
             kind = HEADS if mixes_tokens(writer.input, [call.output for call in readers]) else CHANNELS
+            part = f"{writer.name.rpartition('.')[0]}."
+            beside = [call.output for call in pending if len(part) > 1 and call.name.startswith(part)]
+            if kind == CHANNELS and mixes_tokens(writer.input, beside):
+                break  # queries that share all keys and values: attention kernels may count on their number
             rows = {call.name: own[call.name] for call in readers}
             found.append(_made(taken, kind, width // size, writer.name, rows, {n: own[n] for n in vectors if n in own}))
             if kind == CHANNELS:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.layers.expert_parameters import ExpertParameter
-from hf_cod.layers.experts import ExpertMatrix, expert_matrices, parameters_of
+from hf_cod.layers.experts import ExpertMatrix, expert_matrices
 from hf_cod.layers.modules import walk
+from hf_cod.models.expert_parameters import ExpertParameter, parameters_of
 
 
 class _Watched(ExpertParameter):

@@ -1,8 +1,8 @@
 """Models with a choice of norm placement, set by a configuration field.
 
-The files `placements.py`, `modifiers.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied next to the
-weights of every saved model, into one folder, and loaded from there by users without this package. Therefore they
-import only torch, transformers and each other (`from .x import y`).
+The files `placements.py`, `modifiers.py`, `shapes.py`, `factors.py`, `expert_parameters.py`, `configuration_*.py` and
+`modeling_*.py` are copied next to the weights of every saved model, into one folder, and loaded from there by users
+without this package. Therefore they import only torch, transformers and each other (`from .x import y`).
 
 Each `configuration_X.py` and its `modeling_X.py` import each other. These eight import cycles are required: a model
 file imports its configuration, and when transformers saves a configuration alone, it copies the files that its relative

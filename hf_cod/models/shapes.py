@@ -10,6 +10,8 @@ to the base model, so that it is valid with every head) -> its differences from 
      "layers.3.self_attn": {"config.num_attention_heads": 4},   # ... or that it reads from the config each time
      "layers.3.self_attn.q_norm": {"weight": 256},              # ... or a vector with a number for each of their rows
      "layers.3.mlp.experts": {"down_proj.2": 96},               # fewer channels of each expert: a dimension's size
+     "layers.3.mlp.experts": {"down_proj.rank": 16,             # ... or factors of each expert's matrix, see
+                              "down_proj.experts": 8},          # `recorded_experts` in `factors.py`
      "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
 
 Modules are built in the constructor and not by a quantizer of transformers, which could replace modules, too, because
@@ -21,74 +23,16 @@ with random weights.
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from .factors import EXPERT_KEYS, LowRankExperts, LowRankLinear, build_expert_factors, recorded_experts
 
 # Attributes in which modules keep the index of their layer. It never changes without the layer's place.
 LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
 SIZES = ("in_features", "out_features", "rank")
 # Value 1: the module has the part.
 BIAS, SPARSE = FLAGS = ("bias", "sparse")
-
-
-class LowRankLinear(nn.Module):
-    """A Linear with a factorized matrix W = B A, and optionally a sparse part S.
-
-        y = B (A x) + b,  or  y = B (A x) + S x + b
-
-    `reduce` holds A (rank, in), `expand` B (out, rank) and b, `sparse` S (out, in), most of which is zero. All are
-    ordinary Linears, so everything that works on Linears (adapters, quantization, pruning, statistics, sparse storage)
-    works on them. In PEFT's `target_modules`, name them or use "all-linear"; do not name this module.
-
-    Args:
-        in_features, out_features: columns and rows of W.
-        rank: at least 1, at most the smaller of them.
-        bias: whether there is a bias b, in `expand`.
-        sparse: whether there is a sparse part S.
-        device, dtype: device and dtype of the tensors.
-
-    Raises:
-        ValueError: a rank out of range.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        sparse: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank: expected 1..{min(in_features, out_features)}, got {rank}")
-        self.reduce = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.expand = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        self.sparse = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype) if sparse else None
-
-    @property
-    def rank(self) -> int:
-        """Columns of B."""
-        return self.expand.in_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        """b (out,)."""
-        return self.expand.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """W (out, in), computed on each access; writing to it has no effect on the module."""
-        product = self.expand.weight @ self.reduce.weight
-        return product if self.sparse is None else product + self.sparse.weight
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        y = self.expand(self.reduce(input))
-        return y if self.sparse is None else y + self.sparse(input)
 
 
 class ShapedModel:
@@ -109,6 +53,16 @@ class ShapedModel:
         """
         return False
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the family: transformers reads the answer off the source of a class, and would read it off this file."""
+        return _family_of(cls)._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """See `_can_set_experts_implementation`."""
+        return _family_of(cls)._can_set_attn_implementation()
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, after a check that the config records the model's ranks.
 
@@ -117,6 +71,11 @@ class ShapedModel:
         """
         check_recorded(self.base_model, self.config.module_shapes)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # as above
+
+
+def _family_of(cls: Any) -> Any:
+    """The class of transformers behind the mixin."""
+    return cls.__mro__[cls.__mro__.index(ShapedModel) + 1]
 
 
 def build_shapes(base: nn.Module, shapes: Any) -> None:
@@ -161,19 +120,26 @@ def recorded_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def check_recorded(base: nn.Module, shapes: Any) -> None:
-    """Checks that `shapes` records each LowRankLinear of a base model with its rank and its sparse part.
+    """Checks that `shapes` records each LowRankLinear of a base model with its rank and its sparse part, and each
+    LowRankExperts.
 
     Raises:
         ValueError: a module is recorded wrongly or not at all.
     """
     for name, module in base.named_modules():
+        place, expected = name, {}
         if isinstance(module, LowRankLinear):
-            told = (shapes or {}).get(name, {})
-            for key, has in (("rank", module.rank), (SPARSE, None if module.sparse is None else 1)):
-                if told.get(key) != has:
-                    raise ValueError(
-                        f"module_shapes: expected {key} {has} of {name}, as the model has, got {told.get(key)}"
-                    )
+            expected = {"rank": module.rank, SPARSE: None if module.sparse is None else 1}
+        elif isinstance(module, LowRankExperts):
+            place, _, key = name.rpartition(".")
+            own = recorded_experts(module, key)
+            expected = {f"{key}.{kind}": own.get(f"{key}.{kind}") for kind in EXPERT_KEYS}
+        told = (shapes or {}).get(place, {})
+        for key, has in expected.items():
+            if told.get(key) != has:
+                raise ValueError(
+                    f"module_shapes: expected {key} {has} of {place}, as the model has, got {told.get(key)}"
+                )
 
 
 def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
@@ -246,7 +212,10 @@ def view_of(config: Any, numbers: dict[str, int]) -> Any:
 
 
 def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
+    factors = {key: value for key, value in changes.items() if key.rpartition(".")[2] in EXPERT_KEYS}
     for key, value in changes.items():
+        if key in factors or isinstance(getattr(module, key.rpartition(".")[0], None), LowRankExperts):
+            continue
         sized = _sized(module, key)
         if sized is not None:
             _set_size(module, *sized, value, name)
@@ -265,6 +234,7 @@ def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
         if value > own:
             raise ValueError(f"module_shapes: expected {key} of {name} up to {own}, got {value}")
         set_number(module, key, value)
+    build_expert_factors(module, factors, name)
 
 
 def _sized(module: Any, key: str) -> tuple[str, int] | None:

@@ -71,6 +71,7 @@ BAD = {
             "criterion",
             "replacement",
             "compensation",
+            "expert_basis",
             "token",
         ]
     },

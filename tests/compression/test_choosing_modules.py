@@ -17,7 +17,7 @@ from hf_cod import (
     quantize,
     score_layers,
 )
-from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.factors import LowRankLinear
 from tests.compression.quantization.matrices import llama
 from tests.tiny_models import batch_for, build, two_batches
 

@@ -97,3 +97,23 @@ def test_bits_of_experts(load, tmp_path, monkeypatch):
     monkeypatch.setattr(table.Bench, "measure", lambda *_: pytest.fail("it was measured again"))
     table.main()
     assert (tmp_path / "table" / "table.md").read_text() == page and "| expert: reap |" in page
+
+
+def test_smaller_experts(load, tmp_path, monkeypatch):
+    """Factors get no more weights than the channels that are kept, and a second call measures nothing."""
+    table, tokenizer = load("expert_rank_table"), load_model(embedded_model("pre"))[1]
+    save_mixture(tmp_path / "mixture", tokenizer)
+    options = ["--model", str(tmp_path / "mixture"), "--output", str(tmp_path / "table"), "--sequence-length", "32"]
+    options += ["--calibration-samples", "4", "--tuning-samples", "4", "--report-samples", "4", "--shares", "0.5"]
+    monkeypatch.setattr(table, "METHODS", ("magnitude",))
+    monkeypatch.setattr(table, "SPREADS", (0.2,))
+    monkeypatch.setattr(sys, "argv", ["expert_rank_table.py", *options])
+    table.main()
+    rows = {row["way"]: row for row in json.loads((tmp_path / "table" / "table.json").read_text())["rows"]}
+    assert [*rows] == ["removed", "narrowed", "own", "shared"]
+    most, kept = rows["narrowed"]["kept"], [rows[way]["kept"] for way in ("own", "shared")]
+    assert most - 0.02 < min(kept) and max(kept) <= most == pytest.approx(0.5, abs=0.1)
+    page = (tmp_path / "table" / "table.md").read_text()
+    monkeypatch.setattr(table.Bench, "make", lambda *_: pytest.fail("it was made again"))
+    table.main()
+    assert (tmp_path / "table" / "table.md").read_text() == page and "| shared | " in page

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, plan_width
-from hf_cod.layers.unit_discovery import find_units
+from hf_cod.layers.unit_discovery import find_all_units, find_units
 from tests.fresh_processes import run_fresh
-from tests.tiny_models import build, outputs, two_batches
+from tests.tiny_models import build, build_mixture, outputs, two_batches
 
 # Type of transformers -> what it stands for. The check compares a narrower model with one of zeros, reloads it, and
 # generates with and without a cache.
@@ -216,3 +216,10 @@ def test_norms_over_heads_in_a_fresh_process(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     expected = outputs(model, {"input_ids": torch.arange(3, 12)[None]})
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_queries_that_share_all_keys_and_values_are_no_channels():
+    """Their number is one that attention kernels count with; in a mixture no MLP comes before them."""
+    for layer in find_all_units(find_decoder_layers(build_mixture("mixtral", num_key_value_heads=1))):
+        assert [units.kind for units in layer.found] == ["expert_channels"]
+        assert layer.whole == ["attention is not narrowed: no matrix has columns that belong to single heads"]

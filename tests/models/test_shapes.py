@@ -22,7 +22,7 @@ from transformers import (
 
 import hf_cod
 from hf_cod import drop
-from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.factors import LowRankLinear
 from hf_cod.models.shaping import record_shapes
 from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, OTHERS, batch_for, build

@@ -32,6 +32,9 @@ def measure_loss_weights(
     successors of Optimal Brain Surgeon, Singh and Alistarh 2020, arXiv 2004.14340). Errors with a share s of the
     output's energy cost s c. The linear term is left out, since errors of both signs are equally likely.
 
+    The matrices of a bank of experts have the c of the bank: W x_t then is its output for a token, the sum over experts
+    if transformers runs the bank. All of it is lost with the outputs of any of its matrices.
+
     A matrix is missing if its output has no gradient, because it only chooses tokens (the indexers of DeepSeek-V3.2),
     or is more than the product (the router of Llama 4): c would be 0, which says nothing about the cost. No gradients
     of weights are computed or changed; memory is that of a forward pass with its activations.
@@ -67,11 +70,15 @@ def measure_loss_weights(
 
 
 class _OutputSums:
-    """Sums of squares of outputs and of their gradients, for each Linear of the layers."""
+    """Sums of squares of outputs and of their gradients, for each Linear and each bank of experts of the layers."""
 
     def __init__(self, stack: DecoderLayers) -> None:
         self._stack = stack
-        self._linears = {name: m for index in range(len(stack)) for name, m in stack.linears(index).items()}
+        self._modules = {name: m for index in range(len(stack)) for name, m in stack.linears(index).items()}
+        self._matrices = {name: [name] for name in self._modules}
+        for matrix in (matrix for index in range(len(stack)) for matrix in stack.expert_matrices(index)):
+            self._modules[matrix.bank] = matrix.module
+            self._matrices.setdefault(matrix.bank, []).append(matrix.name)
         self._found: dict[str, Tensor] = {}
         self._channels: dict[str, int] = {}
         self._without: set[str] = set()
@@ -88,7 +95,7 @@ class _OutputSums:
         parameters = [*self._stack.model.parameters()]
         handles = [self._stack[0].register_forward_pre_hook(_begin, with_kwargs=True)]
         handles += [layer.register_forward_pre_hook(self._count(i)) for i, layer in enumerate(self._stack)]
-        handles += [m.register_forward_hook(self._hook_of(name, m)) for name, m in self._linears.items()]
+        handles += [m.register_forward_hook(self._hook_of(name, m)) for name, m in self._modules.items()]
         try:
             with gradients_restored(parameters):
                 for p in parameters:
@@ -100,13 +107,13 @@ class _OutputSums:
 
     def weights(self, predictions: int) -> dict[str, float]:
         """c of each matrix; 0 if it received no tokens; see `measure_loss_weights` for those that are missing."""
-        found = dict.fromkeys((name for name in self._linears if name not in self._without), 0.0)
+        found = dict.fromkeys((name for name in self._modules if name not in self._without), 0.0)
         for name in self._found.keys() & found.keys():
             outputs, gradients, tokens = self._found[name].tolist()
             found[name] = 0.5 * gradients / predictions / self._channels[name] * outputs / max(1.0, tokens)
             if not found[name] < float("inf"):
                 raise ValueError(f"gradients: expected finite numbers, got NaN or infinity at the output of {name}")
-        return found
+        return {matrix: value for name, value in found.items() for matrix in self._matrices[name]}
 
     def _count(self, index: int) -> Any:
         return lambda *_: check_first_call(self._stack, index, self._called)
@@ -116,7 +123,8 @@ class _OutputSums:
             if not isinstance(output, Tensor) or not output.requires_grad:
                 self._without.add(name)
                 return
-            y = output.detach() if module.bias is None else output.detach() - module.bias.detach()
+            bias = getattr(module, "bias", None)
+            y = output.detach() if bias is None else output.detach() - bias.detach()
             real = self._real(y)
             total = self._found.setdefault(name, torch.zeros(3, dtype=torch.float64))
             self._channels[name] = y.shape[-1]

@@ -62,13 +62,14 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
         },
     )
     factor_share: float = as_in(FactorizeSettings, "factor_share")
+    expert_basis: str = as_in(FactorizeSettings, "expert_basis")
     granularity: str = as_in(ScoreSettings, "granularity")
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        FactorizeSettings(method=self.method, factor_share=self.factor_share)
+        FactorizeSettings(method=self.method, factor_share=self.factor_share, expert_basis=self.expert_basis)
         check_names(self)
         if self.method == "oats" and self.score is None:
             self.score = DefaultName("uniform")
@@ -161,7 +162,8 @@ class Factorize(Step):
             from hf_cod.compression.low_rank.spectra import plan_ranks
 
             batches = work.calibration if chosen.method == "whitened" else None
-            return plan_ranks(work.model, chosen.budget, chosen.score, batches=batches, **self._chosen, **work.options)
+            how = {"expert_basis": chosen.expert_basis, **self._chosen, **work.options}
+            return plan_ranks(work.model, chosen.budget, chosen.score, batches=batches, **how)
         return chosen.allocate(work.score(chosen.score))
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
@@ -176,7 +178,8 @@ class Factorize(Step):
         """Factorizes the matrices."""
         from hf_cod.compression.low_rank.factorizer import factorize
 
-        more = {"batches": work.calibration, "factor_share": self.settings.factor_share, "name": work.name}
+        how = {name: getattr(self.settings, name) for name in ("factor_share", "expert_basis")}
+        more = {"batches": work.calibration, "name": work.name, **how}
         return factorize(work.model, plan, self.settings.method, **more, **self._chosen, **work.options)
 
     @property

@@ -37,11 +37,13 @@ class Budget:
         kind: one of `settings.KINDS`.
         value: the largest allowed size, in the unit of `kind`.
         intact: the size of the intact model.
+        exclusive: pairs of knobs of which a plan has at most one.
     """
 
     kind: str
     value: float
     intact: ModelSize
+    exclusive: Sequence[tuple[str, str]] = EXCLUSIVE
 
     @property
     def most(self) -> float:
@@ -101,7 +103,7 @@ class Budget:
         Raises:
             ValueError: they cannot; says the least possible.
         """
-        least = _least_together(left) if combined else min(left.values())
+        least = _least_together(left, self.exclusive) if combined else min(left.values())
         if self.most < within * least:
             how = "" if len(left) == 1 else " together" if combined else " alone"
             more = [] if combined or len(left) == 1 else ["n_verified of 1 or more also measures combinations"]
@@ -126,8 +128,8 @@ class Budget:
         return left * size.layer_bytes + size.bytes - size.layer_bytes
 
 
-def _least_together(left: Mapping[str, float]) -> float:
+def _least_together(left: Mapping[str, float], exclusive: Sequence[tuple[str, str]]) -> float:
     """The least product of shares; of knobs that exclude each other, at most one is used."""
     sets = [set(used) for number in range(len(left) + 1) for used in combinations(left, number)]
-    allowed = [used for used in sets if not any(used.issuperset(pair) for pair in EXCLUSIVE)]
+    allowed = [used for used in sets if not any(used.issuperset(pair) for pair in exclusive)]
     return min(math.prod(left[knob] for knob in used) for used in allowed)

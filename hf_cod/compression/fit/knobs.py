@@ -249,9 +249,16 @@ KNOBS: dict[str, Knob] = {
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
+# Factors of experts are stored as numbers.
+EXCLUSIVE_OF_BANKS = (*EXCLUSIVE, ("rank", "sparsity"), ("rank", "bits"))
 # Errors of methods that do not support the model or miss a package, and of trials with a loss that is not finite.
 # RuntimeError: torch's, if a decomposition fails, memory is exhausted, or an operation has no kernel.
 FAILURES = (ValueError, ImportError, RuntimeError)
+
+
+def exclusive(stack: DecoderLayers) -> Sequence[tuple[str, str]]:
+    """Pairs of knobs of which a plan has at most one."""
+    return EXCLUSIVE_OF_BANKS if any(stack.expert_matrices(index) for index in range(len(stack))) else EXCLUSIVE
 
 
 def describe_steps(steps: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_cod.compression.fit.budget import Budget
 from hf_cod.compression.fit.fit_plan import FitPlan
-from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, describe_steps
+from hf_cod.compression.fit.knobs import FAILURES, KNOBS, describe_steps
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
 from hf_cod.io.journal import JournalError
@@ -184,7 +184,7 @@ class Search:
     def _best(self, knobs: Any, most: float, number: int) -> list[Combination]:
         saved = {knob: self._saved[knob] for knob in knobs}
         costs = {knob: self._costs[knob] for knob in knobs}
-        return best_combinations(saved, costs, most, EXCLUSIVE, number)
+        return best_combinations(saved, costs, most, self._budget.exclusive, number)
 
     def _steps(self, combination: Combination) -> Steps:
         return {knob: self._levels[knob][step - 1] for knob, step in combination.steps.items()}

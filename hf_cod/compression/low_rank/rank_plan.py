@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from hf_cod.compression.low_rank.experts import bank_matrices
+from hf_cod.compression.low_rank.settings import EXPERT_BASES, OWN
 from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank_of_weights
 from hf_cod.functional.sparse_low_rank import sizes_of_weights
 from hf_cod.io.deprecation import current_value
@@ -35,6 +37,7 @@ class RankPlan(JsonFile):
         nonzeros: name -> number of entries of the sparse part; 0 where there is none.
         model: the name of the model for which the plan was made.
         sizes: weights in the matrices of each layer, to detect a plan for another model; None: unknown.
+        expert_basis: what the experts of a bank have in common, a key of `settings.EXPERT_BASES`.
     """
 
     FIELD = "rank_plan"
@@ -47,45 +50,51 @@ class RankPlan(JsonFile):
     nonzeros: dict[str, int] = field(default_factory=dict, metadata=limits(least=0))
     model: str = ""
     sizes: list[int] | None = field(default=None, metadata=limits(least=0))
+    expert_basis: str = field(default=OWN, metadata=limits(choices=tuple(EXPERT_BASES)))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
 
 
-def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
-    """Name -> (out, in) of each Linear and Conv1D of a layer whose factors can have fewer weights. Banks of experts are
-    excluded, and so are the matrices of `not_factorizable`.
+def factorizable(stack: DecoderLayers, index: int, basis: str) -> dict[str, Shape]:
+    """Name -> shape of each matrix of a layer whose factors can have fewer weights: (out, in) of a Linear or Conv1D,
+    and that of `BankMatrix` for the matrices of a bank of experts. The matrices of `not_factorizable` are excluded.
     """
     excluded = not_factorizable(stack, index)
-    shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if name not in excluded}
-    return {name: shape for name, shape in shapes.items() if most_rank(shape)}
+    shapes: dict[str, Shape] = {name: shape_of(m) for name, m in stack.linears(index).items()}
+    shapes |= {name: bank.shape for name, bank in bank_matrices(stack, index, basis).items()}
+    return {name: shape for name, shape in shapes.items() if name not in excluded and most_rank(shape)}
 
 
 def not_factorizable(stack: DecoderLayers, index: int) -> dict[str, str]:
     """Name -> the reason why a matrix of a layer cannot be replaced by factors, whatever its shape."""
-    direct = direct_use(stack.model).reasons
+    use = direct_use(stack.model)
     found: dict[str, str] = {}
     for name, module in stack.linears(index).items():
         if not is_plain(module):
             found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
-        elif name in direct:
-            found[name] = direct[name]
-    return found
+        elif name in use.reasons:
+            found[name] = use.reasons[name]
+    names = [matrix.name for matrix in stack.expert_matrices(index)]
+    return found | {name: use.unpackable[name] for name in names if name in use.unpackable}
 
 
-def least_weights(stack: DecoderLayers, index: int) -> int:
+def least_weights(stack: DecoderLayers, index: int, basis: str) -> int:
     """The number of weights of a layer's matrices at rank 1, wherever that is smaller."""
-    shapes = factorizable(stack, index).values()
+    shapes = factorizable(stack, index, basis).values()
     return stack.count_weights(index) - sum(count(shape, None) - count(shape, 1) for shape in shapes)
 
 
 def experts_told(stack: DecoderLayers) -> str:
     """The part of an error message that names excluded banks of experts, if there are any."""
-    return "; banks of experts are excluded" if any(stack.experts(index) for index in range(len(stack))) else ""
+    banks = {bank for index in range(len(stack)) for bank in stack.experts(index)}
+    shapes = [factorizable(stack, index, OWN) for index in range(len(stack))]
+    factorized = {name.rpartition(".")[0] for layer in shapes for name in layer}
+    return "; banks of experts are excluded" if banks - factorized else ""
 
 
 def plan_of_allocation(
-    stack: DecoderLayers, allocation: LayerAllocation, factor_share: float | None = None
+    stack: DecoderLayers, allocation: LayerAllocation, factor_share: float | None = None, basis: str = OWN
 ) -> RankPlan:
     """Ranks with which each layer keeps its share; all matrices of a layer keep the same share of rank or of weights.
 
@@ -94,6 +103,7 @@ def plan_of_allocation(
         allocation: of "parameter_share" or "rank".
         factor_share: the part of a matrix's kept weights that is in the factors; the rest is in a sparse part. It
             requires an allocation of "parameter_share". None: all weights are in the factors.
+        basis: what the experts of a bank have in common.
 
     Raises:
         ValueError: an allocation of another kind or for another model; a share out of range (says the least possible).
@@ -106,27 +116,32 @@ def plan_of_allocation(
     check_sizes("plan", allocation.model, allocation.sizes, stack)
     ranks: dict[str, int] = {}
     nonzeros: dict[str, int] = {}
-    made_for = (name_of(stack), sizes_of(stack))
+    made_for = (name_of(stack), sizes_of(stack), basis)
     if allocation.modules:
-        ranks = _ranks_of_matrices(stack, allocation, factor_share)
+        ranks = _ranks_of_matrices(stack, allocation, factor_share, basis)
         return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros, *made_for)
     for index, share in enumerate(allocation.values):
         if not 0 <= share <= 1 or math.isnan(share):
             raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
         rank_of = rank_of_share
         if allocation.kind == "parameter_share":
-            share, rank_of = _share_of_matrices(stack, index, share), rank_of_weights
+            share, rank_of = _share_of_matrices(stack, index, share, basis), rank_of_weights
         if factor_share is not None:
-            sizes = {n: sizes_of_weights(shape, share, factor_share) for n, shape in factorizable(stack, index).items()}
+            sizes = {
+                n: sizes_of_weights(shape, share, factor_share)
+                for n, shape in factorizable(stack, index, basis).items()
+            }
             ranks |= {name: size[0] for name, size in sizes.items() if size is not None}
             nonzeros |= {name: size[1] for name, size in sizes.items() if size is not None}
             continue
-        found = {name: rank_of(shape, share) for name, shape in factorizable(stack, index).items()}
+        found = {name: rank_of(shape, share) for name, shape in factorizable(stack, index, basis).items()}
         ranks |= {name: rank for name, rank in found.items() if rank is not None}
     return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros, *made_for)
 
 
-def _ranks_of_matrices(stack: DecoderLayers, allocation: LayerAllocation, factor_share: float | None) -> dict[str, int]:
+def _ranks_of_matrices(
+    stack: DecoderLayers, allocation: LayerAllocation, factor_share: float | None, basis: str
+) -> dict[str, int]:
     """The rank of each matrix by its own share.
 
     Raises:
@@ -138,7 +153,7 @@ def _ranks_of_matrices(stack: DecoderLayers, allocation: LayerAllocation, factor
     rank_of = rank_of_share if allocation.kind == "rank" else rank_of_weights
     ranks: dict[str, int] = {}
     for index in range(len(stack)):
-        shapes = factorizable(stack, index)
+        shapes = factorizable(stack, index, basis)
         for name in stack.input_shapes(index):
             share = allocation.modules.get(name, 1.0)
             if name not in shapes and share < 1:
@@ -151,16 +166,16 @@ def _ranks_of_matrices(stack: DecoderLayers, allocation: LayerAllocation, factor
     return ranks
 
 
-def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:
+def _share_of_matrices(stack: DecoderLayers, index: int, share: float, basis: str) -> float:
     """The share that the factorizable matrices keep, so that the layer with all other matrices keeps `share`."""
-    total, least = stack.count_weights(index), least_weights(stack, index)
+    total, least = stack.count_weights(index), least_weights(stack, index, basis)
     # Shares that are computed from a sum have rounding errors.
     if share * total < least - 1e-6 * total:
         raise ValueError(
             f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index} (rank 1 "
             f"wherever that is smaller{experts_told(stack)}), got {share:.4g}"
         )
-    flexible = sum(count(shape, None) for shape in factorizable(stack, index).values())
+    flexible = sum(count(shape, None) for shape in factorizable(stack, index, basis).values())
     return 1.0 if not flexible else 1 - (1 - share) * total / flexible
 
 
@@ -171,21 +186,26 @@ def check_ranks(stack: DecoderLayers, plan: RankPlan) -> None:
         ValueError: a plan for another model; names the missing matrix, or the valid range of the rank or of nonzeros.
     """
     check_sizes("plan", plan.model, plan.sizes, stack)
-    shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
+    shapes = {
+        name: shape
+        for index in range(len(stack))
+        for name, shape in factorizable(stack, index, plan.expert_basis).items()
+    }
     for name, rank in plan.ranks.items():
         if name not in shapes:
             raise ValueError(f"ranks: expected matrices of {type(stack.model).__name__}, got {name!r}")
-        m, n = shapes[name]
-        if type(rank) is not int or not 1 <= rank <= most_rank((m, n)):
+        shape = shapes[name]
+        told = " x ".join(map(str, shape))
+        if type(rank) is not int or not 1 <= rank <= most_rank(shape):
             raise ValueError(
-                f"ranks: expected 1..{most_rank((m, n))} for {name}, at which factors have fewer weights than its "
-                f"{m} x {n}, got {rank}"
+                f"ranks: expected 1..{most_rank(shape)} for {name}, at which factors have fewer weights than its "
+                f"{told}, got {rank}"
             )
-        most, kept = m * n - count((m, n), rank) - 1, plan.nonzeros.get(name, 0)
+        most, kept = count(shape, None) - count(shape, rank) - 1, plan.nonzeros.get(name, 0)
         if type(kept) is not int or not 0 <= kept <= most:
             raise ValueError(
                 f"nonzeros: expected 0..{most} for {name}, which with rank {rank} are fewer weights than its "
-                f"{m} x {n}, got {kept}"
+                f"{told}, got {kept}"
             )
     unknown = next((name for name in plan.nonzeros if name not in plan.ranks), None)
     if unknown is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hf_cod.compression.low_rank.rank_plan import RankPlan, factorizable, not_factorizable
-from hf_cod.functional.ranks import count
+from hf_cod.functional.damping import LEAST_TOKENS
+from hf_cod.functional.ranks import count, full_rank
 from hf_cod.io.report import RunReport
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import environment_of
@@ -27,15 +29,16 @@ class RankReporter:
     Args:
         stack: the layers.
         name: the model's name, or None.
+        basis: what the experts of a bank have in common.
         notes: for the report.
     """
 
-    def __init__(self, stack: DecoderLayers, name: str | None, notes: Sequence[str] = ()) -> None:
+    def __init__(self, stack: DecoderLayers, name: str | None, basis: str, notes: Sequence[str] = ()) -> None:
         self.stack = stack
         self.name = name or name_of(stack)
         left = {name: why for index in range(len(stack)) for name, why in not_factorizable(stack, index).items()}
         self.notes = [*notes, *(f"{name} is not factorized: {reason}" for name, reason in left.items())]
-        self.shapes = [factorizable(stack, index) for index in range(len(stack))]
+        self.shapes = [factorizable(stack, index, basis) for index in range(len(stack))]
         self.sizes = sizes_of(stack)
         self.parameters = count_parameters(stack.model)
 
@@ -69,15 +72,32 @@ class RankReporter:
                 f"{len(plan.ranks)} of {sum(map(len, self.shapes))} matrices are factorized.",
                 *([_OF_ZEROS.format(sum(plan.nonzeros.values()))] if plan.nonzeros else []),
             ],
-            notes=[
-                *self.notes,
-                *(
-                    f"no token entered {matrix}: factorized with method plain"
-                    for note in finished.notes.values()
-                    for matrix in note["unseen"]
-                ),
-            ],
+            notes=[*self.notes, *_told_tokens([finished.notes[index] for index in range(len(self.stack))])],
         )
+
+
+def _told_tokens(notes: Sequence[Any]) -> list[str]:
+    """Sentences on matrices that no token entered, and on experts that few tokens entered."""
+    unseen = [name for note in notes for name in note["unseen"]]
+    few = [name for note in notes for name in note.get("few", [])]
+    plain = "factorized with method plain"
+    bank = f"{plain}, or with the inputs of all experts of the bank"
+    alone = [name for name in unseen if not _is_expert(name)]
+    least = f"fewer tokens than 1/{1 / LEAST_TOKENS:g} of their input channels entered"
+    return [
+        *(f"no token entered {name}: {plain}" for name in alone),
+        *(f"no token entered {told}: {bank}" for told in _by_bank(name for name in unseen if _is_expert(name))),
+        *(f"{least} {told}: {bank}" for told in _by_bank(few)),
+    ]
+
+
+def _is_expert(name: str) -> bool:
+    return name.rpartition(".")[2].isdecimal()
+
+
+def _by_bank(names: Iterable[str]) -> list[str]:
+    found = Counter(name.rpartition(".")[0] for name in names)
+    return [f"{count} expert{'s' if count > 1 else ''} of {bank}" for bank, count in found.items()]
 
 
 def _saved(shapes: dict[str, Any], plan: RankPlan) -> int:
@@ -88,5 +108,5 @@ def _saved(shapes: dict[str, Any], plan: RankPlan) -> int:
 
 def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
     """The sum over matrices of the lost share of rank, times the number of weights."""
-    lost = {name: 1 - ranks[name] / min(shape) for name, shape in shapes.items() if name in ranks}
+    lost = {name: 1 - ranks[name] / full_rank(shape) for name, shape in shapes.items() if name in ranks}
     return sum(share * math.prod(shapes[name]) for name, share in lost.items())

@@ -20,6 +20,12 @@ WEIGHINGS = {
     "fisher": "lost share of each output, times its cost in the model's loss",
     "spectrum": "lost share of each output",
 }
+# Basis of the experts of a bank -> what they have in common.
+EXPERT_BASES = {
+    "own": "nothing: factors of each expert's own",
+    "shared": "the factor on the side of the hidden state: one for all experts of a bank",
+}
+OWN, SHARED = EXPERT_BASES
 FACTOR_SHARE = 0.25  # kappa of arXiv 2409.13652
 
 
@@ -44,6 +50,14 @@ class FactorizeSettings:
             "sparse matrix"
         },
     )
+    expert_basis: str = field(
+        default=OWN,
+        metadata={
+            "help": "banks of experts: own (each expert has two factors of its own) or shared (the factor on the side "
+            "of the hidden state is the same for all experts of a bank, which leaves a higher rank within the budget)",
+            "choices": list(EXPERT_BASES),
+        },
+    )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
     rank_share = OldAttribute("factor_share")
@@ -52,6 +66,9 @@ class FactorizeSettings:
         check_choice("method", self.method, METHODS)
         if not 0 < self.factor_share < 1:
             raise ValueError(f"factor_share: expected a share between 0 and 1, got {self.factor_share}")
+        check_choice("expert_basis", self.expert_basis, EXPERT_BASES)
+        if self.method == "oats" and self.expert_basis != OWN:
+            raise ValueError(f"expert_basis: expected {OWN} with oats, which keeps banks, got {self.expert_basis}")
         check_names(self)
 
 
@@ -59,6 +76,7 @@ class FactorizeFields(ModuleFields, SampleFields, total=False):
     """Fields of `FactorizeSettings`, and of samples, that `factorize` takes by name."""
 
     factor_share: float
+    expert_basis: str
 
 
 @checked
@@ -74,14 +92,18 @@ class RankSettings:
             "choices": list(WEIGHINGS),
         },
     )
+    expert_basis: str = as_in(FactorizeSettings, "expert_basis")
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         if self.method is not None:
             check_choice("method", self.method, WEIGHINGS)
+        check_choice("expert_basis", self.expert_basis, EXPERT_BASES)
         check_names(self)
 
 
 class RankFields(ModuleFields, SampleFields, total=False):
     """Fields of `RankSettings`, and of samples, that `plan_ranks` takes by name."""
+
+    expert_basis: str

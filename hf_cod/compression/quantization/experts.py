@@ -11,7 +11,7 @@ from hf_cod.compression.quantization.format import prepared, stored_columns
 from hf_cod.compression.quantization.product import Scales, decoded_matrix, linear, multiply_codes
 from hf_cod.compression.quantization.scales import BlockScales
 from hf_cod.compression.quantization.widths import Width, code_bytes, widths_of
-from hf_cod.layers.expert_parameters import ExpertParameter
+from hf_cod.models.expert_parameters import ExpertParameter
 
 
 class QuantizedExperts(ExpertParameter):

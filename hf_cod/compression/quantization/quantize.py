@@ -16,8 +16,9 @@ from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, QuantizeFields, score_of
 from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
-from hf_cod.compression.quantization.rounding import LEAST_TOKENS, Rounding, fill, new_experts, new_module
+from hf_cod.compression.quantization.rounding import Rounding, fill, new_experts, new_module
 from hf_cod.compression.quantization.widths import stored_bits
+from hf_cod.functional.damping import LEAST_TOKENS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment

@@ -17,14 +17,11 @@ from hf_cod.compression.quantization.product import decoded_matrix
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Width
 from hf_cod.functional import codebook
-from hf_cod.functional.damping import shrunk
+from hf_cod.functional.damping import LEAST_TOKENS, shrunk
 from hf_cod.functional.products import output_energy
-from hf_cod.layers.experts import ExpertMatrix, parameters_of
+from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.orientation import is_transposed, shape_of
-
-# Error compensation requires at least this share of an expert's input channels as tokens: the least for which a gain is
-# measured (`examples/benchmarks/few_tokens.py`).
-LEAST_TOKENS = 1 / 16
+from hf_cod.models.expert_parameters import parameters_of
 
 
 def round_matrix(

@@ -93,11 +93,12 @@ def narrow(
     the model and its config get a subclass of their classes (`models/shaping.py`), and loading requires this package or
     trust_remote_code. In both cases save_pretrained, from_pretrained, generate, device_map and PEFT work.
 
-    The report's `layers` hold `parameter_share` (share of the layer's weights that is kept), `share_of_heads` and
-    `share_of_channels` (kept shares; None where the structure is not known), `error` (lost share of the energy of the
-    cut matrices' outputs, mean over these matrices; only if inputs were required) and `parameters` (of the intact
-    layer); its `results` hold `parameter_share` of all layers, `parameters` of the full model before and after, the
-    numbers of `heads`, `channels` and `expert_channels` by layer, and whether the model is `stock`.
+    The report's `layers` hold `parameter_share` (share of the layer's weights that is kept), `share_of_heads`,
+    `share_of_channels` and `share_of_expert_channels` (kept shares; None where the structure is not known), `error`
+    (lost share of the energy of the cut matrices' outputs, mean over these matrices; only if inputs were required) and
+    `parameters` (of the intact layer); its `results` hold `parameter_share` of all layers, `parameters` of the full
+    model before and after, the numbers of `heads`, `channels` and `expert_channels` by layer, and whether the model is
+    `stock`.
 
     Args:
         model: a transformers model with plain weights. After an interruption (NaN or infinity, out of memory, Ctrl-C)

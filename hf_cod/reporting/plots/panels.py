@@ -247,6 +247,9 @@ PANELS: dict[str, Callable[..., None]] = {
     "share_of_channels": _per_layer(
         "share_of_channels", "Share of MLP channels that each layer keeps", "share of channels"
     ),
+    "share_of_expert_channels": _per_layer(
+        "share_of_expert_channels", "Share of the channels of its experts that each layer keeps", "share of channels"
+    ),
     "bits": _bits,
     "removed": _removed,
     "runs": _per_layer("runs", "How often each layer runs", "runs"),

@@ -34,7 +34,7 @@ def check_pair(
             raise ValueError(f"{field}: expected a causal language model, got {type(model).__name__}")
     mine, theirs = find_decoder_layers(student), find_decoder_layers(teacher)
     try:
-        check_writable(mine)
+        check_writable(mine, factors=True)
     except ValueError as error:
         raise ValueError(f"student: {error}; heal a model before it is quantized or packed") from error
     check_unwritten(mine.model)

@@ -13,11 +13,11 @@ from torch import nn
 
 from hf_cod.io.peft_names import is_misread
 from hf_cod.layers.direct_use import not_adaptable
-from hf_cod.layers.expert_parameters import ExpertParameter
 from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.models.expert_parameters import ExpertParameter
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NO_BANKS = "a bank of experts, to which this method adds none"

@@ -29,14 +29,14 @@ from hf_cod.functional.sparse_low_rank import decompose, sizes_of_weights
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers
-from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.factors import LowRankExperts, LowRankLinear
 from tests import references
 from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
 
 def factors(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankExperts, LowRankLinear))}
 
 
 def loaded_again(model, folder):
@@ -379,16 +379,6 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
     with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, for oats, got neither"):
         factorize(model, 0.5, "oats")
     assert not factors(model)
-
-
-def test_experts_stay_whole_and_are_counted():
-    model = build("qwen2_moe")
-    banks = [p.detach().clone() for p in model.parameters() if p.dim() == 3]
-    report = factorize(model, 0.9, batches=two_batches(model))
-    assert all(torch.equal(a, b) for a, b in zip(banks, (p for p in model.parameters() if p.dim() == 3), strict=True))
-    assert report.results["parameter_share"] <= 0.9
-    with pytest.raises(ValueError, match=r"at least 0.\d+ in layer \d \(rank 1 .*; banks of experts are excluded\)"):
-        factorize(build("mixtral"), 0.5, batches=two_batches(model))
 
 
 def test_budgets_out_of_reach_say_the_least():

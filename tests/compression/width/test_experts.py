@@ -73,6 +73,8 @@ def test_each_expert_chooses_by_its_own_tokens(kind, method, compensation, tmp_p
     before = writer.matrix(model, writer.writer).weights().clone()
     report = narrow(model, plan, method, compensation, batches=[batch], journal=tmp_path)
     assert abs(report.results["parameter_share"] - 0.7) < 8 / 96 / 2
+    shares = report.layers["share_of_expert_channels"]
+    assert shares == [number / 96 for number in plan.expert_channels] and "share_of_channels" not in report.layers
     assert report.results["stock"] == (compensation != "bias" or kind == "gpt_oss")  # which has biases
     assert all(0 < error < 1 for error in report.layers["error"])
     if compensation == "bias":  # the kept columns are those of the intact model

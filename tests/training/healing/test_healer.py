@@ -23,7 +23,7 @@ from hf_cod import (
 )
 from hf_cod.io.packing import pack
 from hf_cod.layers.checks import pruned_matrices
-from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.factors import LowRankLinear
 from hf_cod.training.healing.distillation_trainer import DistillationTrainer
 from hf_cod.training.healing.healed import recovered_share
 from hf_cod.training.healing.objective import Objective

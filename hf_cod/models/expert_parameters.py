@@ -118,6 +118,15 @@ class ExpertParameter(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def parameters_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """(key, parameter) of those that a module holds itself, packed ones in their places."""
+    found: list[tuple[str, Any]] = [*module.named_parameters(recurse=False)]
+    packed = [(key, child) for key, child in module.named_children() if isinstance(child, ExpertParameter)]
+    for key, child in sorted(packed, key=lambda one: one[1].place):
+        found.insert(child.place, (key, child))
+    return found
+
+
 class ExpertView:
     """One, several or all matrices of an `ExpertParameter`, turned or not, as the factor of a product.
 

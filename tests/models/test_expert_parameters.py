@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from transformers.integrations.moe import _grouped_mm_fallback
 
-from hf_cod.layers.expert_parameters import ExpertParameter
+from hf_cod.models.expert_parameters import ExpertParameter
 
 EXPERTS, OUT, IN = 3, 4, 6
 
