@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from hf_cod.io.display import one_line
 from hf_cod.training.owlore.increment import Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.sampling import LayerSampler
@@ -57,6 +60,10 @@ def estimate_memory(
         max_grad_norm: norm that gradients are clipped to; 0: no clipping.
         lora_rank: rank of the method lora.
         trust_remote_code: whether a model's own code may run.
+
+    Raises:
+        ValueError: the forward pass requires the contents of tensors, such as that of DBRX and JetMoe, which loop over
+            the tokens of each expert in code of their own.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -68,13 +75,29 @@ def estimate_memory(
     _make_fake(trained, fake)
     optimizer = make_optimizer(trained, how, 0.0)
     take_worst_draw(optimizer)
-    with fake, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    with _failing_clearly(model), fake, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         ids = torch.zeros((micro_batch_size, sequence_length), dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids.clone()}
         memory = count_memory(trained, optimizer, batch, accumulation=accumulation, max_grad_norm=max_grad_norm)
     if isinstance(optimizer, OwLoreAdamW) and settings.deselected == "keep":
         return replace(memory, optimizer_state=_state_of_all(optimizer))
     return memory
+
+
+@contextmanager
+def _failing_clearly(model: nn.Module) -> Iterator[None]:
+    """Says of an error on fake tensors what was expected of the model; torch would also log a traceback."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(
+            "model: expected a forward pass that does not depend on the contents of tensors, to estimate memory, got "
+            f"that of {type(model).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        log.disabled = before
 
 
 def count_memory(
