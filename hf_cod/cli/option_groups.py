@@ -13,6 +13,7 @@ GROUPS = {
         *(
             "min_sparsity",
             "metrics",
+            "tasks",
             "method",
             "criterion",
             "score",
@@ -56,7 +57,19 @@ GROUPS = {
         "force",
     ),
     "settings of the method": (
-        *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
+        *(
+            "include",
+            "exclude",
+            "token",
+            "drop_metric",
+            "max_prompts",
+            "max_new_tokens",
+            "temperature",
+            "stop_early",
+            "full_rank_share",
+            "factor_share",
+            "compensation",
+        ),
         *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size"),
         *("double_quant", "skip"),
         *("knobs", "n_verified"),
