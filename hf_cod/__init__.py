@@ -9,10 +9,14 @@ from hf_cod._version import __version__ as __version__
 if TYPE_CHECKING:
     from hf_cod.analysis.diagnostics.diagnosis import MeasurementError as MeasurementError
     from hf_cod.analysis.diagnostics.diagnosis import diagnose as diagnose
+    from hf_cod.analysis.diagnostics.generation_drop import GenerationDrop as GenerationDrop
+    from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop as measure_generation_drop
     from hf_cod.analysis.diagnostics.settings import DiagnoseSettings as DiagnoseSettings
     from hf_cod.analysis.evaluation.choice import perplexity as perplexity
     from hf_cod.analysis.evaluation.lm_eval_tasks import evaluate_tasks as evaluate_tasks
     from hf_cod.analysis.evaluation.settings import TaskSettings as TaskSettings
+    from hf_cod.analysis.generation.settings import GenerationSettings as GenerationSettings
+    from hf_cod.analysis.generation.task import GenerationTask as GenerationTask
     from hf_cod.analysis.monitoring.callback import LayerDiagnosticsCallback as LayerDiagnosticsCallback
     from hf_cod.analysis.monitoring.history import TrainingHistory as TrainingHistory
     from hf_cod.analysis.monitoring.monitor import LayerMonitor as LayerMonitor
@@ -125,6 +129,9 @@ _HOMES = {
     "FactorizeSettings": "compression.low_rank.settings",
     "FitPlan": "compression.fit.fit_plan",
     "FitSettings": "compression.fit.settings",
+    "GenerationDrop": "analysis.diagnostics.generation_drop",
+    "GenerationSettings": "analysis.generation.settings",
+    "GenerationTask": "analysis.generation.task",
     "HealSettings": "training.healing.settings",
     "LayerAllocation": "scoring.allocation",
     "LayerDiagnosticsCallback": "analysis.monitoring.callback",
@@ -180,6 +187,7 @@ _HOMES = {
     "llama_preset": "models",
     "load_texts": "io.text",
     "lora_ranks": "training.owlore.lora_ranks",
+    "measure_generation_drop": "analysis.diagnostics.generation_drop",
     "narrow": "compression.width.narrower",
     "owlore": "training.owlore.trainer_arguments",
     "pack_sparse": "compression.sparse.quantizer",

@@ -15,14 +15,21 @@ TESTS = Path(__file__).parent
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": (
-        "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
+        "analysis/diagnostics/findings.py analysis/diagnostics/forward_results.py analysis/diagnostics/journaled.py "
+        "analysis/diagnostics/settings.py"
     ),
     "analysis/diagnostics/test_forward_pass.py": "analysis/diagnostics/forward_measures.py",
+    "analysis/diagnostics/test_generation_drop.py": (
+        "analysis/generation/decoding.py analysis/generation/prompts.py analysis/generation/settings.py"
+    ),
     "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
     "analysis/diagnostics/test_repeated_layers.py": "layers/streams.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": (
         "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
+    ),
+    "analysis/generation/test_sources.py": (
+        "analysis/generation/lm_eval_source.py analysis/generation/reasoning_gym_source.py analysis/generation/task.py"
     ),
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
     "analysis/statistics/test_input_products.py": "analysis/statistics/matrix_inputs.py",
@@ -133,6 +140,7 @@ TESTED_BY = {
     "models/test_training.py": "models/presets.py",
     "reporting/plots/test_figures.py": (
         "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/expert_panel.py "
+        "reporting/plots/generation_panel.py "
         "reporting/plots/names.py reporting/plots/panels.py reporting/plots/trade_off.py "
         "reporting/plots/training_panels.py"
     ),

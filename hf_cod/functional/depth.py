@@ -231,6 +231,19 @@ def bootstrap_interval(
     return low, high
 
 
+def sequential_half_width(count: int, looks: int, confidence: float = 0.95) -> float:
+    """Half width of an interval for the mean of differences in [-1, 1], valid at each of several looks at the data.
+
+        h = sqrt( 2 ln(2 K / alpha) / n )         (Hoeffding 1963, with alpha / K for each of K looks)
+
+    Args:
+        count: n, number of differences so far.
+        looks: K, number of times that the interval is looked at.
+        confidence: 1 - alpha, for all looks together.
+    """
+    return math.sqrt(2 * math.log(2 * looks / (1 - confidence)) / count)
+
+
 def spearman(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two vectors, ties by average rank; 0 where either is constant."""
 

@@ -39,6 +39,7 @@ def save_models(folder: Path) -> Path:
 
 
 def write_texts(folder: Path) -> None:
+    (folder / "questions.jsonl").write_text('{"prompt": "one two", "answer": " three"}\n' * 2)
     for name in ("my.txt", "other.txt"):
         (folder / name).write_text(TEXT)
     turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four five"}]

@@ -10,16 +10,19 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from hf_cod.analysis.diagnostics.findings import layer_ranges, summarize
-from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
+from hf_cod.analysis.diagnostics.findings import summarize
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
+from hf_cod.analysis.diagnostics.forward_results import forward_results, keep_intervals, repeated_notes
+from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop
+from hf_cod.analysis.diagnostics.generation_results import generation_figures
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
-from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
+from hf_cod.analysis.diagnostics.intervals import drop_ends
 from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward, check_norms
 from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
-from hf_cod.functional import depth
+from hf_cod.analysis.generation.sources import listed
+from hf_cod.analysis.generation.task import GenerationTask
 from hf_cod.io.arguments import checked
 from hf_cod.io.journal import Journal
 from hf_cod.io.report import RunReport
@@ -54,6 +57,7 @@ def diagnose(
     *,
     batches: BatchStream | None = None,
     drop_metric: Any = None,
+    tasks: Any = None,
     output: str | Path | None = None,
     journal: str | Path | None = None,
     name: str | None = None,
@@ -78,11 +82,15 @@ def diagnose(
     - `idle_below`: the angular distance that rounding alone can cause; if no layer turns the state further, effective
       depth and late share are left out;
     - `layer_drop`: metric, lower_is_better, intact, without (one value per layer);
+    - `generation`, with tasks: `intact` and `without` (by layer) for each of three readings, also for each task in
+      `tasks`; `prompts_by_layer`; `verdicts` by layer; and `rank_correlations` of the readings;
     - `layer_parameters`: number of weights in each layer's matrices;
     - `intervals`: measure -> [low, high] of each layer, 95 % percentile bootstrap over samples; for `layer_drop` those
       of `without`. Fewer than 8 samples give no interval.
 
-    The formulas are in `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
+    With tasks, `layers` also hold the changes of `reference_loss`, `chain_loss` and `task_accuracy` without each layer.
+
+    The formulas are in `functional.depth`, `measure_layer_drop`, `measure_gradient_norm` and `measure_generation_drop`.
 
     Args:
         model: a transformers model, wrapped or not; it is not changed.
@@ -91,6 +99,8 @@ def diagnose(
         batches: instead of tokenizer and texts: dicts for the model's forward (images, labelled data);
             `token_batches` makes them from texts.
         drop_metric: metric of the layer drop: a name, module or callable, see `evaluation.choice.find_metric`.
+        tasks: tasks that the model answers without each layer: names or `GenerationTask`s, see
+            `generation.sources.load_tasks`.
         output: a directory in which the report is saved.
         journal: a directory to which results are written as they are measured, so that an interrupted run resumes (a
             layer drop by a callable metric restarts, since code cannot be compared); default: `output`.
@@ -98,14 +108,15 @@ def diagnose(
         show_progress: show progress bars.
         settings: settings of the measures.
         **fields: or fields of `DiagnoseSettings` by name: metrics, sequence_length, max_samples, batch_size, pack,
-            seed, token, layers_path.
+            seed, token, max_prompts, max_new_tokens, temperature, stop_early, layers_path.
 
     Raises:
         ValueError: bad settings, no layers found, text shorter than one window, activations that are not finite.
         MeasurementError: a later measure failed (for example a metric); `report` and `output` keep the earlier results.
     """
     named = drop_metric if isinstance(drop_metric, str) else None
-    chosen = resolve(diagnose, DiagnoseSettings, settings, fields, drop_metric=named)
+    chosen = resolve(diagnose, DiagnoseSettings, settings, fields, drop_metric=named, tasks=_task_names(tasks))
+    tasks = chosen.tasks if tasks is None else tasks
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = _prepared(model, tokenizer, texts, batches, chosen)
     task = task_of(model, batches)
@@ -124,13 +135,15 @@ def diagnose(
     if place is not None:
         report.settings["inputs"] = journals.inputs  # identifies weights and samples
         report.keep_earlier(place, resumable=metric.identity is not None)
-    wanted = _applicable(chosen.metrics, stack, task, batches, report)
+    wanted = _applicable(chosen, stack, task, batches, report)
     if "layer_drop" in wanted and metric.compares and are_alternatives(stack.model):
         report.notes.append(f"layer_drop: {metric.name} is measured on the last hidden state of the {stack.name} tower")
     if texts is not None and report.settings["samples"] < chosen.max_samples:
         report.notes.append(f"the text has {report.settings['samples']} samples, fewer than {chosen.max_samples}")
     try:
         _measure(model, batches, chosen, metric, wanted, journals, report, show_progress)
+        if "generation" in wanted:
+            _measure_generation(model, tokenizer, tasks, chosen, place, report, show_progress)
     except Exception as error:
         report.summary[:] = summarize(report)
         if output is not None and report.layers:
@@ -176,14 +189,22 @@ def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
     return made
 
 
+def _task_names(tasks: Any) -> list[str] | None:
+    """Names of tasks for the settings of a report."""
+    if tasks is None:
+        return None
+    return [task.name if isinstance(task, GenerationTask) else task for task in listed(tasks)]
+
+
 def _applicable(
-    metrics: list[str] | None, stack: DecoderLayers, task: str, batches: list[Batch], report: RunReport
+    chosen: DiagnoseSettings, stack: DecoderLayers, task: str, batches: list[Batch], report: RunReport
 ) -> list[str]:
-    if metrics is not None:
-        return metrics
+    if chosen.metrics is not None:
+        return chosen.metrics
     reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack, batches)}
     report.notes.extend(f"{metric} was left out: {reason}" for metric, reason in reasons.items() if reason is not None)
-    return [metric for metric in METRICS if reasons.get(metric) is None]
+    found = [metric for metric in METRICS if reasons.get(metric) is None]
+    return [metric for metric in found if metric != "generation" or chosen.tasks]
 
 
 def _why_dependent(stack: DecoderLayers, batches: list[Batch]) -> str | None:
@@ -218,14 +239,14 @@ def _measure(
         journal = journals.of("forward", forward, chosen.token, chosen.seed, *where)
         if not journal.is_sound("forward", partial(check_forward, metrics=forward, layers=count)):
             measures = measure_forward(model, batches, forward, chosen.token, **options)
-            journal.add("forward", _forward_results(measures, forward, chosen.seed))
+            journal.add("forward", forward_results(measures, forward, chosen.seed))
         found = journal.result("forward", ForwardResults)
         report.layers.update(found["layers"])
         report.results.update(found["results"])
         report.results["intervals"] = dict(found["results"].get("intervals", {}))
         for layer in found["results"].get("not_run", []):
             report.notes.append(f"layer {layer} did not run on these inputs")
-        report.notes.extend(_repeated(found["results"].get("runs", [])))
+        report.notes.extend(repeated_notes(found["results"].get("runs", [])))
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm", *where)
         if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
@@ -242,58 +263,32 @@ def _measure(
             "without": without,
         }
         ends = drop_ends(journal, [keys_of(layer, len(batches)) for layer in range(len(without))], metric, chosen.seed)
-        _keep_intervals(report.results, layer_drop=ends)
+        keep_intervals(report.results, layer_drop=ends)
 
 
-def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: int) -> ForwardResults:
-    layers: dict[str, Any] = {}
-    results: dict[str, Any] = {}
-    if "angular_distance" in metrics:
-        matrix = measures.angular_distance()
-        results["angular_distance"] = [[None if v != v else v for v in row] for row in matrix.tolist()]
-        layers["angular_distance"] = matrix[:, 0].tolist()
-        turns = depth.adjacent(measures.distances)  # (S, L)
-        results["idle_below"] = measures.idle_below()
-        if max(layers["angular_distance"]) > results["idle_below"]:
-            results.update(_depth_figures(turns, seed))
-        _keep_intervals(results, angular_distance=ends_of(turns, seed))
-    if "block_influence" in metrics:
-        layers["block_influence"] = measures.influence.double().mean(0).tolist()
-        _keep_intervals(results, block_influence=ends_of(measures.influence, seed))
-    if "output_variance" in metrics:
-        layers.update(measures.output_variance())
-    if max(measures.runs) > 1:
-        results["runs"] = list(measures.runs)
-    if measures.not_run:
-        results["not_run"] = list(measures.not_run)
-        for name in ("angular_distance", "block_influence", "added_share"):
-            if name in layers:
-                layers[name] = [None if i in measures.not_run else v for i, v in enumerate(layers[name])]
-    return {"layers": layers, "results": results}
-
-
-def _repeated(runs: Sequence[int]) -> list[str]:
-    """Notes on layers that run several times in a forward pass, by their number of runs."""
-    notes = []
-    for count in sorted({count for count in runs if count > 1}):
-        layers = [index for index, found in enumerate(runs) if found == count]
-        which = f"{'layer' if len(layers) == 1 else 'layers'} {layer_ranges(layers)}"
-        notes.append(f"{which} ran {count} times in a forward pass; figures are means over these runs")
-    return notes
-
-
-def _keep_intervals(results: dict[str, Any], **ends: Any) -> None:
-    results.setdefault("intervals", {}).update({name: pairs for name, pairs in ends.items() if pairs is not None})
-
-
-def _depth_figures(steps: Tensor, seed: int) -> dict[str, Any]:
-    """Effective depth and late share from each sample's distances (S, L) between neighbouring layers."""
-    low, high = None, None
-    if len(steps) >= LEAST_SAMPLES:
-        low, high = map(float, depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed))
-    mean = steps.mean(0)
-    value = float(depth.effective_depth(mean))
-    return {
-        "effective_depth": {"value": value, "low": low, "high": high, "confidence": CONFIDENCE},
-        "late_share": float(depth.late_share(mean)),
-    }
+def _measure_generation(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Any,
+    chosen: DiagnoseSettings,
+    place: str | Path | None,
+    report: RunReport,
+    show_progress: bool,
+) -> None:
+    """Adds what the model answers without each layer."""
+    found = measure_generation_drop(
+        model,
+        tokenizer,
+        tasks,
+        journal=place,
+        layers_path=chosen.layers_path,
+        show_progress=show_progress,
+        settings=chosen.generation(),
+    )
+    layers, results, ends = generation_figures(found, chosen.seed)
+    report.layers.update(layers)
+    report.results["generation"] = results
+    keep_intervals(report.results, **ends)
+    report.notes.extend(found.notes)
+    if found.left_out:
+        report.notes.append(f"generation: {found.left_out} prompts were left out; the model has too few positions")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_cod.analysis.diagnostics.generation_results import generation_summary
 from hf_cod.analysis.diagnostics.intervals import LEAST_SAMPLES
 from hf_cod.functional.depth import late_share
 from hf_cod.io.report import RunReport, format_number
@@ -19,6 +20,8 @@ def summarize(report: RunReport) -> list[str]:
     sentences += _idle_layers(report)
     if "layer_drop" in report.layers:
         sentences.append(_layer_drop(report))
+    if "generation" in report.results:
+        sentences += generation_summary(report.results["generation"], report.layers)
     if "gradient_norm" in report.layers:
         share = float(late_share(torch.tensor(report.layers["gradient_norm"])))
         sentences.append(f"The late half of the layers has {share:.0%} of the summed gradient norms.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_cod.analysis.generation.settings import GenerationSettings
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, SampleSettings, check_effect, layers_path_field
+from hf_cod.io.settings import SampleFields, SampleSettings, as_in, check_effect, layers_path_field
 
 Token = Literal["last", "first", "all"]
 # Measure -> its description for a layer; the first three come from one forward pass.
@@ -16,8 +17,11 @@ METRICS = {
     "output_variance": "variance of its output, and the share added by the layer",
     "gradient_norm": "norm of the gradient of the loss with respect to its weights",
     "layer_drop": "change of a metric if the layer is removed",
+    "generation": "what the model answers to the prompts of tasks if the layer is removed",
 }
 FORWARD_METRICS = tuple(METRICS)[:3]
+# Settings of the measure `generation` beside its tasks.
+GENERATION = ("max_prompts", "max_new_tokens", "temperature", "stop_early")
 
 
 @checked
@@ -47,18 +51,42 @@ class DiagnoseSettings(SampleSettings):
             "tokens"
         },
     )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "tasks that the model answers without each layer: gym:NAME of reasoning-gym (gym:NAME@LEVEL, or "
+            "gym:NAME,setting=value), lm-eval:NAME, or a file of prompts and answers, scored by exact match",
+            "alone": True,
+        },
+    )
+    max_prompts: int = as_in(GenerationSettings, "max_prompts")
+    max_new_tokens: int = as_in(GenerationSettings, "max_new_tokens")
+    temperature: float = as_in(GenerationSettings, "temperature")
+    stop_early: bool = as_in(GenerationSettings, "stop_early")
     layers_path: str | None = layers_path_field()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.metrics, str):
             self.metrics = [self.metrics]
+        if isinstance(self.tasks, str):
+            self.tasks = [self.tasks]
+        self.generation()
         unknown = set(self.metrics or ()) - set(METRICS)
         if unknown:
             raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
-        for name, metric in (("drop_metric", "layer_drop"), ("token", "angular_distance")):
+        for name, metric in (("drop_metric", "layer_drop"), ("token", "angular_distance"), ("tasks", "generation")):
             if self.metrics and metric not in self.metrics:
                 check_effect(self, [name], f"metrics other than {metric}, which it is a setting of")
+        if "generation" in (self.metrics or ()) and not self.tasks:
+            raise ValueError("tasks: expected at least one for the measure generation, got none")
+        if not self.tasks:
+            check_effect(self, GENERATION, "measures that generate no answers; tasks gives the prompts")
+
+    def generation(self) -> GenerationSettings:
+        """The settings of generation."""
+        own = {name: getattr(self, name) for name in GENERATION}
+        return GenerationSettings(**own, batch_size=self.batch_size, seed=self.seed)
 
 
 class DiagnoseFields(SampleFields, total=False):
@@ -66,4 +94,8 @@ class DiagnoseFields(SampleFields, total=False):
 
     metrics: list[str] | None
     token: Token
+    max_prompts: int
+    max_new_tokens: int
+    temperature: float
+    stop_early: bool
     layers_path: str | None

@@ -38,7 +38,8 @@ def make_parser() -> SettingsParser:
         [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings],
         prog="hf-cod diagnose",
         description="Measures the contribution of each layer of a model: angular distance between layers, cost of its "
-        "removal, gradient norm and output variance. After an interruption the same command resumes.",
+        "removal, gradient norm, output variance and, with --tasks, what the model answers without it. After an "
+        "interruption the same command resumes.",
     )
     parser.add_model()
     return parser
@@ -51,6 +52,10 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
 
+    if settings.tasks:
+        from hf_cod.analysis.generation.sources import check_tasks
+
+        check_tasks(settings.tasks)  # before the model is loaded
     texts = load_texts(text)
     if output.plots:
         require_plots()
@@ -58,9 +63,22 @@ def main(arguments: Sequence[str]) -> int:
     with OutputDirectory(path, source=rest.model, check=_check_reused) as directory:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python", adapters=True)
         name = model_title(rest.model)
+        _tell_cost(model, settings)
         report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
     return status
+
+
+def _tell_cost(model: Any, settings: DiagnoseSettings) -> None:
+    """Says what generation costs at most, before it starts."""
+    if not settings.tasks:
+        return
+    from hf_cod.analysis.diagnostics.generation_drop import sweep_cost
+    from hf_cod.io.display import say
+    from hf_cod.layers.stack import find_decoder_layers
+
+    depth, how = len(find_decoder_layers(model, settings.layers_path)), settings.generation()
+    say(sweep_cost(depth, len(settings.tasks) * how.max_prompts, how))
 
 
 def _check_reused(directory: Path) -> None:

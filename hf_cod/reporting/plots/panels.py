@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from hf_cod.io.report import RunReport, format_number, standing_out, told_share
 from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
 from hf_cod.reporting.plots.expert_panel import expert_scores
+from hf_cod.reporting.plots.generation_panel import generation
 from hf_cod.reporting.plots.names import literal
 from hf_cod.reporting.plots.trade_off import trade_off
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
@@ -231,6 +232,7 @@ def log_if_wide(axes: Axes, values: list[float]) -> None:
 PANELS: dict[str, Callable[..., None]] = {
     "angular_distance": angular_distance,
     "layer_drop": _layer_drop,
+    "generation": generation,
     "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", GRADIENT),
     "block_influence": _per_layer("block_influence", "Block influence of each layer", INFLUENCE),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
@@ -260,5 +262,5 @@ PANELS: dict[str, Callable[..., None]] = {
     "error": _per_layer("error", "Lost share of the outputs' energy", "mean over the layer's matrices"),
 }
 # The main measures; block influence is similar to angular distance and is plotted separately.
-DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
+DEPTH = ("angular_distance", "layer_drop", "generation", "gradient_norm", "variance")
 OVERVIEW = ("curve", "healed", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from examples.tiny_architectures import tiny_config
-from hf_cod import MeasurementError, RunReport, diagnose, pack_sparse, plan_depth, prune
+from hf_cod import DiagnoseSettings, MeasurementError, RunReport, diagnose, pack_sparse, plan_depth, prune
 from hf_cod.analysis.diagnostics import diagnosis
 from hf_cod.analysis.diagnostics.diagnosis import METRICS
 from hf_cod.analysis.diagnostics.findings import summarize
@@ -202,7 +202,8 @@ def test_quantized_weights_have_no_gradient_norm():
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     report = diagnosis.RunReport("diagnose", "m", {}, {}, {}, {})
-    wanted = diagnosis._applicable(None, diagnosis.find_decoder_layers(model), "causal_lm", [batch_for(model)], report)
+    stack, chosen = diagnosis.find_decoder_layers(model), DiagnoseSettings()
+    wanted = diagnosis._applicable(chosen, stack, "causal_lm", [batch_for(model)], report)
     assert "gradient_norm" not in wanted and report.notes == ["gradient_norm was left out: weights are quantized"]
 
 

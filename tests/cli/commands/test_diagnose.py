@@ -99,3 +99,16 @@ def test_a_directory_is_called_by_its_name(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint / "model")
     assert main(["diagnose", ".", "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]) == 0
     assert RunReport.load("hf-cod-diagnose-model").model == "model"
+
+
+def test_answers_to_tasks(checkpoint, capsys):
+    (checkpoint / "sums.jsonl").write_text('{"prompt": "one two", "answer": " three"}\n' * 9)
+    options = ["--metrics", "generation", "--max-new-tokens", "2", "--no-plots"]
+    assert diagnose(checkpoint, "--tasks", str(checkpoint / "sums.jsonl"), *options) == 0
+    shown = capsys.readouterr().out
+    assert "without a layer) answer at most" in shown and "Rank correlation of the harm" in shown
+    found = RunReport.load(checkpoint / "run")
+    assert found.results["generation"]["prompts"] == 9
+    assert {"reference_loss", "chain_loss", "task_accuracy"} <= found.layers.keys() & found.results["intervals"].keys()
+    assert diagnose(checkpoint, "--tasks", "gym:sums", *options) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""What a model answers without each of its layers."""
