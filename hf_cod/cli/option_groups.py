@@ -49,6 +49,7 @@ GROUPS = {
         "threshold",
         "per_module",
         "granularity",
+        "search_passes",
         "target",
         "pruner",
         "spread",
