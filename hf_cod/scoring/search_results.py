@@ -27,14 +27,21 @@ def check_search(search: Mapping[str, Any]) -> None:
     check_value(search.get("passes"), int, "search['passes']", limits(least=0))
 
 
+def search_sentences(search: Mapping[str, Any]) -> list[str]:
+    """What a report says about the search; nothing if there was none."""
+    if not search:
+        return []
+    said = {name: format_number(search[name]) for name in _DIVERGENCES}
+    return [
+        f"The search found a plan with a divergence of {said['divergence']} nats per token, by {search['passes']} "
+        f"forward passes of one sample; the plan that it started from ({search['start']}) has "
+        f"{said['start_divergence']}, the uniform plan {said['uniform_divergence']}."
+    ]
+
+
 def with_search(report: RunReport, search: Mapping[str, Any]) -> RunReport:
     """The report of a method that applied a plan, with what the search says about the plan; without one unchanged."""
     if not search:
         return report
-    said = {name: format_number(search[name]) for name in _DIVERGENCES}
-    sentence = (
-        f"The search found a plan with a divergence of {said['divergence']} nats per token, by {search['passes']} "
-        f"forward passes of one sample; the plan that it started from ({search['start']}) has "
-        f"{said['start_divergence']}, the uniform plan {said['uniform_divergence']}."
-    )
-    return replace(report, results={**report.results, "search": {**search}}, summary=[*report.summary, sentence])
+    summary = [*report.summary, *search_sentences(search)]
+    return replace(report, results={**report.results, "search": {**search}}, summary=summary)

@@ -271,6 +271,9 @@ class Prune(Step):
         return {**asdict(self.recovery), **(unscored if self.settings.fixed or self.settings.search else {})}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """The share of zeros."""
-        weights = sum(report.layers["parameters"])
-        return [f"{report.results['sparsity']:.2%} of {weights:,} weights in the matrices of the saved model are zero."]
+        """The share of zeros, and the search for the plan."""
+        from hf_cod.scoring.search_results import search_sentences
+
+        weights, found = sum(report.layers["parameters"]), report.results
+        zeros = f"{found['sparsity']:.2%} of {weights:,} weights in the matrices of the saved model are zero."
+        return [zeros, *search_sentences(found.get("search", {}))]
