@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from hf_cod.compression.quantization.plan import plan_bits as plan_bits
     from hf_cod.compression.quantization.quantize import quantize as quantize
     from hf_cod.compression.quantization.settings import StorageSettings as StorageSettings
+    from hf_cod.compression.search.planning import search_plan as search_plan
+    from hf_cod.compression.search.settings import SearchSettings as SearchSettings
     from hf_cod.compression.sparse.config import SparseConfig as SparseConfig
     from hf_cod.compression.sparse.linear import SparseLinear as SparseLinear
     from hf_cod.compression.sparse.quantizer import pack_sparse as pack_sparse
@@ -161,6 +163,7 @@ _HOMES = {
     "SampleSettings": "io.settings",
     "SamplerSettings": "training.owlore.settings",
     "ScoreSettings": "scoring.settings",
+    "SearchSettings": "compression.search.settings",
     "SparseConfig": "compression.sparse.config",
     "SparseLinear": "compression.sparse.linear",
     "StorageSettings": "compression.quantization.settings",
@@ -207,6 +210,7 @@ _HOMES = {
     "repeated": "layers.removal.repeat",
     "score_experts": "scoring.expert_methods",
     "score_layers": "scoring.methods",
+    "search_plan": "compression.search.planning",
     "skip": "layers.removal.drop",
     "split_samples": "io.text",
     "to_gpas": "models",

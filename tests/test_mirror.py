@@ -61,6 +61,10 @@ TESTED_BY = {
     "compression/depth/test_repeater.py": (
         "compression/depth/repeat_plan.py compression/depth/repeat_probe.py compression/depth/repeat_search.py"
     ),
+    "compression/search/test_planning.py": (
+        "compression/search/evolution.py compression/search/plan_probe.py compression/search/settings.py "
+        "compression/search/spaces.py scoring/search_results.py"
+    ),
     "compression/experts/test_dropper.py": (
         "compression/experts/expert_plan.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"

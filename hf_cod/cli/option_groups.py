@@ -50,6 +50,7 @@ GROUPS = {
         "threshold",
         "per_module",
         "granularity",
+        "search_passes",
         "target",
         "pruner",
         "spread",

@@ -5,9 +5,11 @@ Imports only the standard library and other settings, so that `--help` is fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hf_cod.compression.search.settings import SearchSettings
 from hf_cod.io.settings import (
     PLOT_FORMATS,
     DefaultNumber,
@@ -106,6 +108,33 @@ class CompressionSettings(MeasuringSettings):
                 raise ValueError(
                     f"{name}: expected score {known}, which it is a setting of, got {got}; set --score {known}"
                 )
+
+
+@dataclass
+class PlanSearchSettings:
+    """Settings of the search for a plan."""
+
+    search: bool = field(
+        default=False,
+        metadata={
+            "help": "search for the plan: start from the best of the plans by several scores, or of those by --scores "
+            "and the uniform one, and improve it by the KL divergence between the intact and the compressed model, on "
+            "the second half of the calibration samples (EvoPress, arXiv 2410.14649). The cost is printed first"
+        },
+    )
+    search_passes: int = as_in(SearchSettings, "passes")
+
+    def check_search(self, without: Sequence[str]) -> None:
+        """Checks that settings of a plan by one score are not given with a search, nor settings of a search without.
+
+        Args:
+            without: the fields that a search does not use.
+        """
+        check_least(self, search_passes=1)
+        if not self.search:
+            check_effect(self, ["search_passes"], "a plan without --search")
+            return
+        check_effect(self, without, "search, which does not use it")
 
 
 def check_parts(settings: CompressionSettings) -> None:

@@ -63,6 +63,8 @@ class Step(ABC):
         given = without_unset(asdict(settings))
         if given.get("granularity") == "layer":
             del given["granularity"]
+        if not given.get("search", True):
+            del given["search"], given["search_passes"]
         return {self.earlier.get(name, name): value for name, value in given.items()}
 
     def disk_share(self) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.samples import load_with_tokenizer
+from hf_cod.compression.search.planning import search_plan
+from hf_cod.compression.search.settings import SearchSettings
 from hf_cod.io.models import load_model
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import ModelSettings
@@ -19,6 +21,7 @@ from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
+from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -87,8 +90,21 @@ class Work:
             own = {name: getattr(self.settings, name) for name in names}
             chosen = {name: value for name, value in chosen.items() if name in SCORES[method].settings}
             more = {**own, **chosen, "batches": self.calibration, "show_progress": True}
+            more["journal"] = self.options["journal"]
             self.scores = score_layers(self.model, method=method, **more)
         return self.scores
+
+    def search(self, kind: str, budget: float, **chosen: Any) -> LayerAllocation:
+        """The plan of a search with the command's settings; from the scores of the file if one was passed."""
+        settings = SearchSettings(
+            kind,
+            budget,
+            granularity=self.settings.granularity,
+            passes=self.settings.search_passes,
+            seed=self.settings.seed,
+            **chosen,
+        )
+        return search_plan(self.model, batches=self.calibration, scores=self.scores, settings=settings, **self.options)
 
     def perplexity(self) -> float | None:
         """Perplexity on the evaluation samples; None for a model that is not a language model."""

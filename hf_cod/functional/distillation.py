@@ -103,8 +103,9 @@ class _LogitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, t: Tensor, T: float, keep: Tensor, labels: Tensor, share: float) -> Tensor:
         high = torch.promote_types(z.dtype, torch.float32)
-        kept = keep.to(high) * ((1 - share) / keep.sum().clamp(min=1))
-        labelled = (labels != IGNORED).to(high) * (share / (labels != IGNORED).sum().clamp(min=1))
+        # A quotient with an integer tensor would be float32.
+        kept = keep.to(high) * ((1 - share) / keep.sum(dtype=high).clamp(min=1))
+        labelled = (labels != IGNORED).to(high) * (share / (labels != IGNORED).sum(dtype=high).clamp(min=1))
         gradient = torch.empty_like(z) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=high, device=z.device)
         step = max(1, (CHUNK if z.device.type == "cpu" else CHUNK_OF_DEVICE) // z.shape[-1])

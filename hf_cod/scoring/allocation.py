@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.part_plans import groups_of, values_of_matrices
+from hf_cod.scoring.search_results import check_search
 from hf_cod.scoring.settings import (
     DEFAULT_SPREAD,
     GRANULARITIES,
@@ -59,6 +60,7 @@ class LayerAllocation(JsonFile):
             None: unknown, no check.
         granularity: what has a value of its own: "layer", "block" (attention, MLP) or "module" (each matrix).
         modules: for blocks and matrices, name of each matrix -> its value; `values` are then the means of the layers.
+        search: what `search_plan` says about the plan that it found; else empty.
     """
 
     FIELD = "allocation"
@@ -74,9 +76,11 @@ class LayerAllocation(JsonFile):
     sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="values"))
     granularity: str = field(default="layer", metadata=limits(choices=tuple(GRANULARITIES)))
     modules: dict[str, float] = field(default_factory=dict, metadata=limits(least=0))
+    search: dict[str, Any] = field(default_factory=dict)
 
     def check_read(self) -> None:
         """Checks that shares are at most 1, and that values of N:M sparsity are multiples of 1 / M."""
+        check_search(self.search)
         if (self.granularity == "layer") == bool(self.modules):
             raise ValueError(f"modules: expected some for block and module, none for layer, got {brief(self.modules)}")
         if not self.values or not sum(self.parameters):

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_cod.functional.distillation import logit_loss
-from hf_cod.io.text import Batch
+from hf_cod.io.display import say
+from hf_cod.io.files import fingerprint
+from hf_cod.io.journal import Journal
+from hf_cod.io.schema import check_value, limits
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.partial_forward import State, run_layer, running_only
 from hf_cod.layers.parts import Part
 from hf_cod.layers.running import evaluation_mode, progress
@@ -21,7 +25,7 @@ class DivergenceProbe(PruningProbe):
     """KL divergences from the intact language model, in nats per token; see `PruningProbe` for the arguments."""
 
     @torch.no_grad()
-    def divergences(self, parts: Sequence[Part], value: float) -> list[float]:
+    def divergences(self, parts: Sequence[Part], value: float, journal: Journal | None = None) -> list[float]:
         """For each part, the divergence of the model in which this part alone is changed to `value`.
 
             1 / |K| sum_{i in K} KL(p_i || q_i)
@@ -34,15 +38,31 @@ class DivergenceProbe(PruningProbe):
         Args:
             parts: in the order of the model.
             value: a sparsity, or bits.
+            journal: stores the divergence of each part; stored ones are not computed again.
         """
-        L, found = len(self.stack), []
-        with evaluation_mode(self.stack):
-            intact = self._until(range(L - 1), [None] * len(self.batches))
-            before, reached = [None] * len(self.batches), 0
-            for part in progress(parts, "divergence of each part", self.show_progress):
-                before, reached = self._until(range(reached, part.layer), before), part.layer
-                found.append(self._divergence(part, value, before, intact))
-        return found
+        journal = Journal(None, "") if journal is None else journal
+        left = [part for part in parts if not journal.is_sound(_key(part, value), _check)]
+        if self.show_progress and left:
+            say(self._cost(left))
+        if left:
+            with evaluation_mode(self.stack):
+                self._measure(left, value, journal)
+        return [journal.result(_key(part, value), float) for part in parts]
+
+    def _measure(self, parts: Sequence[Part], value: float, journal: Journal) -> None:
+        L = len(self.stack)
+        intact = self._until(range(L - 1), [None] * len(self.batches))
+        before, reached = [None] * len(self.batches), 0
+        for part in progress(parts, "divergence of each part", self.show_progress):
+            before, reached = self._until(range(reached, part.layer), before), part.layer
+            journal.add(_key(part, value), self._divergence(part, value, before, intact))
+
+    def _cost(self, parts: Sequence[Part]) -> str:
+        samples = describe_batches(self.batches)["samples"]
+        passes = divergence_cost(len(self.stack), [part.layer for part in parts])
+        return (
+            f"kl: {len(parts)} parts on {samples} samples take as long as {passes:.0f} forward passes of these samples"
+        )
 
     def _divergence(
         self, part: Part, value: float, before: Sequence[State | None], intact: Sequence[State | None]
@@ -62,12 +82,17 @@ class DivergenceProbe(PruningProbe):
                     student = self._logits(batch, before[place])
             else:
                 student = self._logits(batch, after[place])
-            keep = self.stack.mask(model_inputs(batch))
-            keep = torch.ones(teacher.shape[:-1], device=teacher.device) if keep is None else keep
-            number = float(keep.sum())
-            total += number * float(logit_loss(student, teacher, keep=keep.bool()))
-            tokens += number
+            found = self._compared(batch, teacher, student)
+            total += found[0]
+            tokens += found[1]
         return total / max(tokens, 1)
+
+    def _compared(self, batch: Batch, teacher: Tensor, student: Tensor) -> tuple[float, float]:
+        """(sum of the divergences of the real tokens of a batch, their number)."""
+        keep = self.stack.mask(model_inputs(batch))
+        keep = torch.ones(teacher.shape[:-1], device=teacher.device) if keep is None else keep
+        number = float(keep.sum())
+        return number * float(logit_loss(student, teacher, keep=keep.bool())), number
 
     def _until(self, layers: range, states: Sequence[State | None]) -> list[Any]:
         """The state of each batch after these layers."""
@@ -84,3 +109,23 @@ class DivergenceProbe(PruningProbe):
         with running_only(self.stack, range(last, last + 1), before):
             logits: Tensor = self.stack.model(**model_inputs(batch)).logits
         return logits
+
+
+def divergence_cost(depth: int, layers: Sequence[int]) -> float:
+    """Forward passes through all layers that the divergences take for each sample.
+
+    Args:
+        depth: number of layers.
+        layers: the layer of each part.
+    """
+    # For each part the layers from its own on, and the last one of the intact model; once, two times all others.
+    return (2 * (depth - 1) + sum(depth - layer + 1 for layer in layers)) / depth
+
+
+def _key(part: Part, value: float) -> str:
+    return f"part {part.layer} {fingerprint(part.names)} {value:g}"
+
+
+def _check(value: Any) -> None:
+    """Checks a divergence from the journal, which may be another one's file."""
+    check_value(value, float, "divergence", limits(least=-1e-3))  # up to rounding

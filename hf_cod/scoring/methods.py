@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -48,6 +49,7 @@ def score_layers(
     batches: Batches | None = None,
     tokenizer: Tokenizer = None,
     texts: Texts | None = None,
+    journal: str | Path | None = None,
     show_progress: bool = False,
     settings: ScoreSettings | None = None,
     samples: SampleSettings | None = None,
@@ -82,7 +84,8 @@ def score_layers(
         tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
         texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
         samples: how texts are cut into samples; default: `SampleSettings()`.
-        show_progress: show progress bars.
+        journal: a directory to which kl saves its measurements; the same call on the same model resumes from it.
+        show_progress: show progress bars; kl also prints its cost before it starts.
         settings: how layers are scored.
         **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, granularity, seed,
             layers_path; one that the method does not use is refused (in `settings` it is ignored); for texts, also
@@ -108,7 +111,7 @@ def score_layers(
     check_effect(chosen, [name for name in fields if name in of_others], f"method {method}, which does not use it")
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
-    request = Request(model, stack, statistics, batches, chosen, show_progress)
+    request = Request(model, stack, statistics, batches, chosen, show_progress, journal)
     if row.needs_batches:
         check_needed(batches, f"for the method {method}")
     check_batches(batches or ())

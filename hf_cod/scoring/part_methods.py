@@ -13,6 +13,7 @@ from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import outliers
 from hf_cod.functional.bits import BITS
 from hf_cod.io.text import split_samples
+from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.parts import Part, parts_of
 from hf_cod.scoring.divergence_probe import DivergenceProbe
 from hf_cod.scoring.layer_scores import PartScore, mean_score
@@ -92,7 +93,9 @@ def divergences(request: Request, parts: Sequence[Part]) -> list[float]:
     pruner = request.settings.pruner
     statistics = None if pruner == "magnitude" else statistics_of(request)
     probe = DivergenceProbe(request.stack, pruner, statistics, few, request.show_progress)
-    return probe.divergences(parts, min(BITS) if pruner == CODEBOOK else request.settings.target)
+    journals = Journals(request.journal, request.stack.model, few)
+    journal = journals.of("kl", pruner, {} if statistics is None else statistics.digests(), request.stack.layers_path)
+    return probe.divergences(parts, min(BITS) if pruner == CODEBOOK else request.settings.target, journal)
 
 
 def _uniform(request: Request, parts: Sequence[Part]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Request:
     batches: Sequence[Batch] | None
     settings: ScoreSettings
     show_progress: bool
+    journal: str | Path | None = None  # a directory
     found: dict[str, Any] = field(default_factory=dict)  # results of a method in addition to its scores
 
     @property

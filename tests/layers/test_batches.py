@@ -38,6 +38,7 @@ CALLS = {
     "recover": lambda model: (model,),
     "score_experts": lambda model: (model, None, "reap"),
     "score_layers": lambda model: (model, None, "gradient_norm"),
+    "search_plan": lambda model: (model, "sparsity", 0.5),
 }
 OPTIONS = {
     "diagnose": {"show_progress": False, "metrics": ["angular_distance", "gradient_norm"]},
@@ -45,11 +46,12 @@ OPTIONS = {
     "narrow": {"channel_multiple": 8},
     "quantize": {"bits": 3.5},
     "recover": {"steps": 3},
+    "search_plan": {"passes": 60},
 }
 # These work without batches by default.
 OPTIONAL = {"export", "quantize"}
 # These have a seed of their own, also for batches; the keyword sets both.
-SEEDED = {"recover"}
+SEEDED = {"recover", "search_plan"}
 
 
 def model_for(function):

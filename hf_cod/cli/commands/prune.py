@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, SpreadSettings, check_parts
+from hf_cod.cli.settings import CompressionOutput, PlanSearchSettings, SpreadSettings, check_parts
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice, check_effect, check_least
 from hf_cod.scoring.settings import METHODS as SCORES
-from hf_cod.scoring.settings import PRUNERS, ScoreSettings
+from hf_cod.scoring.settings import PRUNERS, ScoreSettings, options_of
 from hf_cod.training.healing.settings import RecoverySettings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ DEFAULT_SCORE = "angular"
 
 
 @dataclass
-class PruneOptions(SpreadSettings):
+class PruneOptions(SpreadSettings, PlanSearchSettings):
     """Settings of pruning, and of samples."""
 
     method: str = as_in(PruneSettings, "method")
@@ -63,6 +63,7 @@ class PruneOptions(SpreadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_search(("score", "spread", "pattern", "include", "exclude", *options_of(self, "owl")[:2]))
         PruneSettings(method=self.method)
         check_names(self)
         if self.score is None:
@@ -186,11 +187,12 @@ class Prune(Step):
         """An allocation by score, or the pattern."""
         if self.settings.fixed:
             return self.settings.fixed
+        if self.settings.search:
+            return work.search("sparsity", self.settings.budget, pruner=self._pruner)
         chosen: dict[str, Any] = {}
         if 0 < self.settings.budget < 1:
             chosen["target"] = self.settings.budget
-        if self.settings.method in PRUNERS:  # SparseGPT is expensive to evaluate; Wanda is used for the score instead
-            chosen["pruner"] = self.settings.method
+        chosen["pruner"] = self._pruner
         try:
             scores = work.score(str(self.settings.score), **chosen)
         except ValueError as error:
@@ -201,7 +203,10 @@ class Prune(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same sparsity for all layers."""
-        return uniform_baseline(plan, self.settings, work.scores)
+        from hf_cod.scoring.methods import score_layers
+
+        alike = score_layers(work.model, method="uniform", layers_path=self.settings.layers_path)
+        return uniform_baseline(plan, self.settings, alike if self.settings.search else work.scores)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Prunes the matrices."""
@@ -234,6 +239,11 @@ class Prune(Step):
             show_progress=True,
         )
 
+    @property
+    def _pruner(self) -> str:
+        """The method by which plans are compared; SparseGPT, which is expensive to evaluate, is replaced by Wanda."""
+        return self.settings.method if self.settings.method in PRUNERS else "wanda"
+
     def files(self, plan: Any) -> dict[str, Any]:
         """The allocation, if there is one."""
         return {} if isinstance(plan, str) else {"allocation.json": plan}
@@ -257,9 +267,13 @@ class Prune(Step):
 
     def told(self, plan: Any) -> dict[str, Any]:
         """The settings of recovery; a plan without scores has none."""
-        return {**asdict(self.recovery), **({"score": None} if self.settings.fixed else {})}
+        unscored = {"score": None if self.settings.fixed else "search"}
+        return {**asdict(self.recovery), **(unscored if self.settings.fixed or self.settings.search else {})}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """The share of zeros."""
-        weights = sum(report.layers["parameters"])
-        return [f"{report.results['sparsity']:.2%} of {weights:,} weights in the matrices of the saved model are zero."]
+        """The share of zeros, and the search for the plan."""
+        from hf_cod.scoring.search_results import search_sentences
+
+        weights, found = sum(report.layers["parameters"]), report.results
+        zeros = f"{found['sparsity']:.2%} of {weights:,} weights in the matrices of the saved model are zero."
+        return [zeros, *search_sentences(found.get("search", {}))]

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, CompressionSettings
+from hf_cod.cli.settings import CompressionOutput, CompressionSettings, PlanSearchSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits, check_mixture
 from hf_cod.functional.bits import BITS
 from hf_cod.io.module_names import Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
-from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, ScoreSettings, options_of
 from hf_cod.scoring.settings import EXPERT_METHODS as EXPERTS
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -37,7 +37,7 @@ DEFAULT_SCORE, BY_VALUE = "owl", "angular"
 
 
 @dataclass
-class QuantizeOptions(CompressionSettings, StorageSettings):
+class QuantizeOptions(CompressionSettings, PlanSearchSettings, StorageSettings):
     """Settings of quantization, and of samples."""
 
     bits: float = as_in(QuantizeSettings, "bits")
@@ -86,6 +86,10 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         CompressionSettings.__post_init__(self)
         StorageSettings.__post_init__(self)
         check_bits(self.bits)
+        unused = ("score", "experts", "skip", "include", "exclude", "block", "double_quant", "explain")
+        self.check_search((*unused, *options_of(self, "owl")[:2]))
+        if self.search and not self.mixed:
+            raise ValueError(f"search: expected bits between 3 and 4, got {self.bits:g}, which is the same for all")
         check_names(self)
         check_mixture(self.bits, self)
         check_choice("rounding", self.rounding, ROUNDINGS)
@@ -158,6 +162,9 @@ class Quantize(Step):
         from hf_cod.compression.quantization.plan import as_allocation, plan_bits
 
         chosen = self.settings
+        if chosen.search:
+            self._planned = work.search("bits", chosen.bits)
+            return self._planned
         if chosen.mixed:
             tried = "pruner" in SCORES[str(chosen.score)].settings
             work.score(str(chosen.score), **({"pruner": CODEBOOK, "target": chosen.bits} if tried else {}))
@@ -215,6 +222,8 @@ class Quantize(Step):
 
     def told(self, plan: LayerAllocation | float) -> dict[str, Any]:
         """All layers at the same bits use no score."""
+        if self.settings.search:
+            return {"score": "search"}
         return {} if self.settings.mixed else {"score": None}
 
     def files(self, plan: LayerAllocation | float) -> dict[str, Any]:

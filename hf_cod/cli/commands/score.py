@@ -213,7 +213,8 @@ def _with_scores(
     """Scores the layers, and writes their scores."""
     from hf_cod.scoring.methods import score_layers
 
-    scores = measured(score_layers, ScoreSettings(**{f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}))
+    chosen = ScoreSettings(**{f.name: getattr(settings, f.name) for f in fields(ScoreSettings)})
+    scores = measured(partial(score_layers, journal=directory), chosen)
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
     report = replace(report, layers=layers, results={"score_settings": scores.settings}, notes=notes)

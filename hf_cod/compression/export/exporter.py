@@ -29,6 +29,7 @@ from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.search_results import with_search
 
 
 @for_one_thread
@@ -119,7 +120,8 @@ def export(
         tokenizer.save_pretrained(directory)
     told = {"to": chosen.to, "group_size": planned.group, "score": None if plan else planned.method, **choice.given}
     told |= {} if batches is None else describe_batches(batches)
-    return _report(choice, target, planned, written, scores, name or name_of(stack), told)
+    report = _report(choice, target, planned, written, scores, name or name_of(stack), told)
+    return with_search(report, plan.search if isinstance(plan, LayerAllocation) else {})
 
 
 def _plan(

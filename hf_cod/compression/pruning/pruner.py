@@ -33,6 +33,7 @@ from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.part_plans import check_names_of_matrices
+from hf_cod.scoring.search_results import with_search
 
 
 @renamed(path="layers_path")
@@ -73,7 +74,8 @@ def prune(
     With `include` and `exclude` the targets are those of the chosen matrices of a layer, and only these are counted.
 
     The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value for each
-    layer; its `results` hold `sparsity` (of all matrices together) and `module_sparsity` (name -> sparsity).
+    layer; its `results` hold `sparsity` (of all matrices together) and `module_sparsity` (name -> sparsity), and with a
+    plan of `search_plan` its `search`.
 
     Args:
         model: a transformers model with plain weights. After an error in the activations of a layer, the layers before
@@ -135,7 +137,8 @@ def prune(
         told |= describe_batches(batches)
     else:
         change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
-    return _report(choice, targets, finished, told, name, use, passes)
+    report = _report(choice, targets, finished, told, name, use, passes)
+    return with_search(report, plan.search if isinstance(plan, LayerAllocation) else {})
 
 
 def parse_pattern(text: str) -> Pattern:

@@ -39,6 +39,7 @@ from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.sequential import change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.own_config import own_config
+from hf_cod.scoring.search_results import with_search
 
 
 @renamed(path="layers_path")
@@ -138,7 +139,8 @@ def quantize(
     calibrated = batches is not None
     left = [*choice.notes("quantized"), *other_notes(stack, "quantized")]
     notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *passes, *left]
-    return _report(stack, plan, config, finished, title, told, notes)
+    report = _report(stack, plan, config, finished, title, told, notes)
+    return with_search(report, config.allocation.search if config.allocation else {})
 
 
 class LayerNote(NamedErrors, total=False):

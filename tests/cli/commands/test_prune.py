@@ -247,3 +247,32 @@ def test_auto_is_measured_at_the_sparsity_of_the_command(checkpoint):
     assert prune(checkpoint, "out", "--sparsity", "0.5", "--score", "auto", "--method", "magnitude") == 0
     found = LayerScores.load(checkpoint / "out" / "scores.json").settings
     assert (found["target"], found["pruner"]) == (0.5, "magnitude")
+
+
+def test_a_searched_plan_is_applied_and_reported(checkpoint, capsys):
+    more = ["--sparsity", "0.6", "--search", "--search-passes", "60", "--granularity", "module", "--force"]
+    assert prune(checkpoint, "out", *more) == 0
+    report, plan = RunReport.load(checkpoint / "out"), LayerAllocation.load(checkpoint / "out" / "allocation.json")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.index("take up to 60 forward passes") < shown.index("The search found a plan")
+    assert report.results["search"] == plan.search and plan.search["passes"] <= 60
+    assert report.settings["score"] == "search" and report.results["perplexity"].keys() >= {"uniform", "pruned"}
+    assert report.results["sparsity"] == pytest.approx(0.6, abs=1e-2)
+    assert {name: report.results["module_sparsity"][name] for name in plan.modules} == pytest.approx(
+        plan.modules, abs=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--search", "--score", "owl"], "score: expected none with search, which does not use it"),
+        (["--search", "--pattern", "2:4"], "pattern: expected none with search"),
+        (["--search", "--threshold", "3"], "threshold: expected none with search"),
+        (["--search-passes", "9"], "search_passes: expected none with a plan without --search"),
+        (["--search", "--search-passes", "9"], "passes: expected at least"),
+    ],
+)
+def test_settings_beside_a_search(checkpoint, capsys, more, message):
+    assert prune(checkpoint, "out", *more) == 2
+    assert message in capsys.readouterr().err

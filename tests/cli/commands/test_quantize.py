@@ -248,3 +248,13 @@ def test_matrices_get_bits_by_their_own_scores(model, tmp_path):
     plan = LayerAllocation.load(tmp_path / "out" / "allocation.json")
     assert RunReport.load(tmp_path / "out").results["module_bits"] == plan.modules
     assert {*plan.modules.values()} == {3, 4} and plan.granularity == "module"
+
+
+def test_a_search_gives_bits_to_matrices(model, tmp_path, capsys):
+    more = ("--granularity", "module", "--search", "--search-passes", "40", "--no-baseline")
+    assert quantize(model, tmp_path / "out", *more) == 0
+    plan, report = LayerAllocation.load(tmp_path / "out" / "allocation.json"), RunReport.load(tmp_path / "out")
+    assert report.results["module_bits"] == plan.modules and report.results["search"] == plan.search
+    assert report.settings["score"] == "search" and 3.4 < report.results["bits"] <= 3.5
+    assert quantize(model, tmp_path / "no", "--search", "--bits", "3") == 2
+    assert "search: expected bits between 3 and 4, got 3" in capsys.readouterr().err
