@@ -92,6 +92,8 @@ if TYPE_CHECKING:
     from hf_cod.scoring.allocation import allocate as allocate
     from hf_cod.scoring.expert_methods import score_experts as score_experts
     from hf_cod.scoring.expert_scores import ExpertScores as ExpertScores
+    from hf_cod.scoring.imports.importer import import_plan as import_plan
+    from hf_cod.scoring.imports.importer import import_scores as import_scores
     from hf_cod.scoring.layer_scores import LayerScores as LayerScores
     from hf_cod.scoring.methods import score_layers as score_layers
     from hf_cod.scoring.settings import AllocationSettings as AllocationSettings
@@ -187,6 +189,8 @@ _HOMES = {
     "fold_lns": "models",
     "from_authors": "models",
     "heal": "training.healing.healer",
+    "import_plan": "scoring.imports.importer",
+    "import_scores": "scoring.imports.importer",
     "llama_preset": "models",
     "load_texts": "io.text",
     "lora_ranks": "training.owlore.lora_ranks",

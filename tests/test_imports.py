@@ -49,6 +49,7 @@ BY_NAME = {
         "reporting.plots and reporting.html, the only calls of a lower room into a higher one: `RunReport.plot` and "
         "`RunReport.to_html` are public. A registry would be filled by the same names, from the front door"
     ),
+    "io/exporting.py": "the engines of compression.export: `LayerAllocation.export` and `BitPlan.export` are public",
     "models/configuration_cod.py": "families: the first config of a family registers its models",
     "models/families.py": "the modeling files, which take seconds to import",
     "models/__init__.py": "all of models, when a name is first used",

@@ -48,6 +48,9 @@ TESTED_BY = {
     "cli/test_validation.py": "io/inputs.py",
     "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
+    "scoring/imports/test_importer.py": (
+        "scoring/imports/auto_round.py scoring/imports/mlx.py scoring/imports/numbers.py scoring/imports/table.py"
+    ),
     "training/runs/test_training_data.py": "training/runs/packed_rows.py",
     "cli/commands/test_finetune_chat.py": "cli/commands/finetune_trl.py",
     "io/test_whole_checkpoint.py": "io/generation.py io/unread_weights.py",

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_cod.functional import budget as budgets
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
+from hf_cod.io.exporting import Exportable
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import brief, limits
 from hf_cod.io.settings import resolve
@@ -44,7 +45,7 @@ FALLING = {"sparsity": True, "bits": False, "rank": False, "parameter_share": Fa
 
 @checked
 @dataclass(frozen=True)
-class LayerAllocation(JsonFile):
+class LayerAllocation(Exportable, JsonFile):
     """One value per layer, and the budget that the values meet.
 
     Attributes:

@@ -21,6 +21,8 @@ from hf_cod.scoring.layer_scores import LayerScores
 Size = tuple[int, int]
 """(out, in) of a matrix."""
 
+# Bits from which on a matrix is not quantized.
+UNQUANTIZED = 16
 # Tolerance for a budget that the user rounded, in bits a weight.
 _TOLERANCE = 0.02
 
@@ -186,10 +188,15 @@ def plan_as_given(
         if len(plan.values) != len(stack):
             raise ValueError(f"plan: expected bits of {len(stack)} layers, got {len(plan.values)} ({plan.model})")
         check_sizes("plan", plan.model, plan.sizes, stack)
-        widths = _of_matrices(engine, matrices, _whole(plan, matrices)) if plan.modules else {}
+        widths = _of_matrices(engine, matrices, _whole(engine, plan, matrices)) if plan.modules else {}
         for index, value in enumerate(plan.values if not plan.modules else ()):
             widths |= _of_layer(engine, matrices, index, value)
-    left = {name: "not in the plan" for name in matrices.sizes if name not in widths}
+    own = {} if isinstance(plan, BitPlan) else plan.modules
+    left = {
+        name: f"{own[name]:g} bits in the plan" if name in own else "not in the plan"
+        for name in matrices.sizes
+        if name not in widths
+    }
     sizes = {name: size for name, size in matrices.sizes.items() if name in widths}
     return _made(engine, replace(matrices, sizes=sizes, left=matrices.left | left), widths, "given")
 
@@ -210,9 +217,12 @@ def _of_matrices(engine: Format, matrices: Matrices, bits: Mapping[str, Width]) 
     return {name: int(bits[name]) for name in matrices.sizes if name in bits}
 
 
-def _whole(plan: LayerAllocation, matrices: Matrices) -> dict[str, Width]:
-    """The bits of the matrices that the engine can quantize."""
-    return {name: int(value) for name, value in plan.modules.items() if name in matrices.sizes}
+def _whole(engine: Format, plan: LayerAllocation, matrices: Matrices) -> dict[str, Width]:
+    """The bits of the matrices that the engine can quantize and the plan quantizes."""
+    found = {n: value for n, value in plan.modules.items() if n in matrices.sizes and value < UNQUANTIZED}
+    for name, value in found.items():
+        _check_width(engine, value, name)
+    return {name: int(value) for name, value in found.items()}
 
 
 def _of_layer(engine: Format, matrices: Matrices, index: int, value: float) -> dict[str, int]:

@@ -17,6 +17,7 @@ from hf_cod.compression.quantization.widths import Size, Width, count_codes, is_
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.exporting import Exportable
 from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
@@ -31,7 +32,7 @@ _TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class BitPlan:
+class BitPlan(Exportable):
     """Bits of each matrix.
 
     Attributes:

@@ -1,0 +1,1 @@
+"""Import: scores and plans of other tools, one reader a format."""
