@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from .configuration_shaped import PREFIX, shaped_config
 from .shapes import ShapedModel
 
+# Before the name of a class of transformers, of a model inside of a shaped one.
+INNER = "Inner"
 # The Auto classes that can load such a model, as far as its family has the head.
 AUTO_CLASSES = (
     "AutoModel",
@@ -30,6 +32,59 @@ AUTO_CLASSES = (
 )
 
 
+class FamilyModel(ShapedModel):
+    """Mixin for a class of transformers: models inside of it, such as the one below a head, get names of their own."""
+
+    def post_init(self) -> None:
+        """Builds the modules, see `ShapedModel`, and renames the classes of the models inside."""
+        super().post_init()
+        name_apart(self)
+
+
+class InnerModel:
+    """Mixin for a model inside of a shaped one, with a config of its own: its class has another name, and no more."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """See `ShapedModel`."""
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """See `ShapedModel`."""
+        return _family_of(cls)._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """See `ShapedModel`."""
+        return _family_of(cls)._can_set_attn_implementation()
+
+
+def _family_of(cls: Any) -> Any:
+    """The class of transformers behind `InnerModel`."""
+    return cls.__mro__[cls.__mro__.index(InnerModel) + 1]
+
+
+def name_apart(model: Any) -> None:
+    """Renames the classes of the models inside of a shaped one.
+
+    For some names (Dinov2Model) transformers renames, cuts and joins weights while it saves and loads them, which is
+    right for modules with the shapes of the family alone. These are names of public classes; parts of models that are
+    not public, such as an encoder, stay as they are.
+    """
+    for module in model.modules():
+        own: Any = type(module)
+        if issubclass(own, PreTrainedModel) and getattr(transformers, own.__name__, None) is own:
+            same = type(module.config) is type(model.config)
+            module.__class__ = shaped_model(own, type(model.config)) if same else inner_model(own)
+
+
+@cache
+def inner_model(base: Any) -> Any:
+    """The class with another name for a class of transformers."""
+    return type(INNER + base.__name__, (InnerModel, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
 @cache
 def shaped_model(base: Any, config_class: Any) -> Any:
     """The model class with shapes for a class of transformers.
@@ -44,7 +99,7 @@ def shaped_model(base: Any, config_class: Any) -> Any:
         "config_class": config_class,
         "_auto_class": "AutoModel",
     }
-    return type(PREFIX + base.__name__, (ShapedModel, base), contents)
+    return type(PREFIX + base.__name__, (FamilyModel, base), contents)
 
 
 def heads_of(config_class: Any) -> dict[str, Any]:
@@ -66,7 +121,8 @@ def stock_heads(config_class: Any) -> list[tuple[str, Any]]:
 
 def __getattr__(name: str) -> Any:
     """The class of that name, for `auto_map` and pickle."""
-    base: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    prefix = INNER if name.startswith(INNER) else PREFIX
+    base: Any = getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return shaped_model(base, shaped_config(base.config_class))
+    return inner_model(base) if prefix == INNER else shaped_model(base, shaped_config(base.config_class))

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_shaped import MODEL_TYPE, shaped_config
-from .modeling_shaped import shaped_model, stock_heads
+from .modeling_shaped import name_apart, shaped_model, stock_heads
 from .own_config import own_config
 from .shapes import ShapedModel, build_shapes, number_of, recorded_sizes
 
@@ -56,6 +56,7 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
     if not was_shaped:
         model.__class__ = shaped_model(base, type(model.config))
         model._weight_conversions = None  # files then use the model's names of weights
+        name_apart(model)
 
 
 def lost_in_reload(model: Any, changes: dict[str, dict[str, int]]) -> dict[str, str]:

@@ -15,9 +15,16 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
 import hf_cod
@@ -29,6 +36,9 @@ from tests.tiny_models import CAUSAL, OTHERS, batch_for, build
 
 from .tiny import tiny_model, tokens
 
+# transformers cuts and joins gate and up of DINOv2's MLP while it loads and saves a class of that name.
+DINOV2 = {"use_swiglu_ffn": True, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8}
+DINOV2 |= {"patch_size": 4, "mlp_ratio": 2, "num_labels": 3}
 # One mechanism for what differs by layer: low rank, head counts, widths.
 LLAMA = {
     "model.layers.1.mlp.up_proj": {"rank": 5},
@@ -308,3 +318,38 @@ def test_a_file_of_an_unknown_family(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "base_model_type": "llama9"}))
     with pytest.raises(ValueError, match="base_model_type: expected a model type of transformers, got 'llama9'"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["up_proj", "gate_proj"])
+def test_weights_keep_their_names_where_transformers_would_convert_those_of_the_family(changed, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(Dinov2Config(**DINOV2)).eval()
+    record_shapes(model, {f"dinov2.encoder.layer.1.mlp.{changed}": {"rank": 3}})
+    fill(model)
+    pixels = torch.randn(2, 3, 8, 8)
+    expected = model(pixels).logits
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    assert isinstance(loaded.base_model, Dinov2Model) and torch.equal(loaded(pixels).logits, expected)
+    loaded.base_model.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(base(pixels).last_hidden_state, model.base_model(pixels).last_hidden_state)
+    assert torch.equal(pickle.loads(pickle.dumps(loaded))(pixels).logits, expected)
+
+
+def test_towers_with_configs_of_their_own_keep_their_names_too(tmp_path):
+    """LLaVA with DINOv2 as its tower."""
+    tower = Dinov2Config(**{**DINOV2, "reshape_hidden_states": False})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(**sizes, vocab_size=99, num_key_value_heads=4)
+    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=98, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    (name,) = [name for name, _ in model.named_modules() if name.endswith("vision_tower.encoder.layer.1.mlp.up_proj")]
+    record_shapes(model, {name: {"rank": 3}})
+    fill(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(model.model.vision_tower).__name__ == "InnerDinov2Model"
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+    pickle.loads(pickle.dumps(loaded))
