@@ -21,6 +21,7 @@ from hf_cod import (
     TrainingHistory,
     factorize,
     pack_sparse,
+    plan_experts,
     quantize,
     to_lns,
 )
@@ -93,6 +94,9 @@ KINDS = {
     "scores": Kind("scores.json", f"prune model {MEASURED} --scores scores.json --method magnitude --output out"),
     "statistics": Kind("sums.safetensors", f"score model {QUICK} --statistics sums.safetensors --output out"),
     "plan": Kind("plan.json", f"drop-layers model {MEASURED} --plan plan.json --output out --no-speed"),
+    "plan of experts": Kind(
+        "expert_plan.json", f"drop-experts mixture {MEASURED} --plan expert_plan.json --output out --no-speed", few=1
+    ),
     "report to compare": Kind("one/report.json", "compare one two --output out --no-plots"),
     "report to show": Kind("one/report.json", "report one --html --output out.html"),
     "report of a result": Kind("result/report.json", "card result"),
@@ -124,9 +128,10 @@ def make(folder: Path) -> None:
 def _make_models() -> None:
     from peft import LoraConfig, get_peft_model
 
-    for name in ("model", "factorized", "packed", "quantized", "trained"):
+    for name in ("model", "factorized", "packed", "quantized", "trained", "mixture"):
         gpt_like().save_pretrained(name)
     build("llama").save_pretrained("model")
+    build("mixtral").save_pretrained("mixture")
     model = build("llama")
     factorize(model, RankPlan("parameter_share", 0.9, {"model.layers.0.mlp.up_proj": 3}, "given"), "plain")
     model.save_pretrained("factorized")
@@ -154,6 +159,8 @@ def _make_records() -> None:
     collect_statistics(model, two_batches(model)).save("sums.safetensors")
     content = json.loads((FILES / "0.1" / "plans" / "depth.json").read_text())
     write_json("plan.json", {**content, "parameters": weights})
+    mixture = AutoModelForCausalLM.from_pretrained("mixture")
+    plan_experts(mixture, 0.25, batches=two_batches(mixture)).save("expert_plan.json")
     for name in ("one", "two"):
         report().save(name)
     text = {"package": "p", "characters": 9, "license": "public domain", "evidence": "old"}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from hf_cod import LayerScores, LayerStatistics, RankPlan, diagnose, factorize, pack_sparse, quantize
+from hf_cod import LayerScores, LayerStatistics, RankPlan, diagnose, factorize, pack_sparse, plan_experts, quantize
 from hf_cod.cli import main
 from hf_cod.io.files import write_json
 from tests.earlier_files.read import FILES
@@ -25,9 +25,10 @@ TEXT = "one two three four five six seven eight nine ten " * 40
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for name in ("model", "factorized", "packed", "quantized"):
+    for name in ("model", "mixture", "factorized", "packed", "quantized"):
         gpt_like().save_pretrained(folder / name)
     build("llama").save_pretrained(folder / "model")
+    build("mixtral").save_pretrained(folder / "mixture")
     model = build("llama")
     factorize(model, RankPlan("parameter_share", 0.9, {"model.layers.0.mlp.up_proj": 3}, "given"), "plain")
     model.save_pretrained(folder / "factorized")
@@ -45,7 +46,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def place(models, tmp_path, monkeypatch):
     """A directory with the models and a text, from which commands are called."""
-    for name in ("model", "factorized", "packed", "quantized"):
+    for name in ("model", "mixture", "factorized", "packed", "quantized"):
         shutil.copytree(models / name, tmp_path / name)
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
@@ -105,6 +106,31 @@ BY_SCORES = {
 def test_scores(command, what, place, capsys):
     (place / "scores.json").write_text(SCORES[what])
     check_refused([*BY_SCORES[command], "scores.json", "--no-plots", "--output", "out"], place, capsys, "scores.json")
+
+
+# What is changed -> how.
+PLANS = {
+    "bool": lambda plan: plan["removed"].update({next(iter(plan["removed"])): [True]}),
+    "unknown": lambda plan: plan["removed"].update({next(iter(plan["removed"])): [9]}),
+    "all": lambda plan: plan["removed"].update({name: [0, 1, 2, 3] for name in plan["removed"]}),
+    "unequal": lambda plan: plan["removed"].update({next(iter(plan["removed"])): []}),
+    "huge": lambda plan: plan.update(count=10**9),
+    "layers": lambda plan: plan.update(layers={}),
+    "weights": lambda plan: plan.update(parameters=[-1] * 4),
+    "extra": lambda plan: plan.update(extra=1),
+    "format": lambda plan: plan.update(format=2),
+}
+
+
+@pytest.mark.parametrize("change", PLANS)
+def test_plans_of_experts(change, place, capsys):
+    model = build("mixtral")
+    path = plan_experts(model, 0.25, batches=two_batches(model)).save(place / "plan.json")
+    plan = json.loads(path.read_text())
+    PLANS[change](plan)
+    path.write_text(json.dumps(plan))
+    arguments = ["drop-experts", "mixture", "--text", "text.txt", *QUICK, "--no-plots", "--output", "out"]
+    check_refused([*arguments, "--plan", "plan.json"], place, capsys)
 
 
 def statistics_of(place):
@@ -291,6 +317,8 @@ def test_names_of_code_that_are_paths(module, place, capsys):
 COMMANDS_THAT_SAVE = {
     "prune": ["prune", "model", "--text", "text.txt", *QUICK],
     "drop-layers": ["drop-layers", "model", "--text", "text.txt", *QUICK, "--n-removed", "1"],
+    "drop-experts": ["drop-experts", "mixture", "--text", "text.txt", *QUICK],
+    "repeat-layers": ["repeat-layers", "model", "--text", "text.txt", *QUICK, "--start", "1", "--end", "2"],
     "pack": ["pack", "model"],
     "finetune": ["finetune", "model", "--text", "text.txt", "--sequence-length", "8", "--steps", "1", "--no-plots"],
     "heal": [*BY_SCORES["heal"][:-1], "--sequence-length", "8", "--no-plots"],
@@ -301,7 +329,7 @@ COMMANDS_THAT_SAVE = {
 def test_an_adapter_beside_a_model(command, place, capsys):
     """transformers adds it to the weights, and saves the adapter alone."""
     peft = pytest.importorskip("peft")
-    name = "factorized" if command == "heal" else "model"
+    name = {"heal": "factorized", "drop-experts": "mixture"}.get(command, "model")
     base = AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True)
     peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(place / name)
     (place / name / "README.md").unlink()

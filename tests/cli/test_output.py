@@ -26,13 +26,14 @@ TRAINING += " --log-every 1 --method full --no-plots --device cpu"
 COMMANDS = {
     "prune": f"prune MODEL --text TEXT --score uniform --no-baseline {QUICK}",
     "narrow": f"narrow MODEL --text TEXT --score uniform --channel-multiple 8 --no-baseline {QUICK}",
+    "drop-experts": f"drop-experts MIXTURE --text TEXT --share 0.5 --no-speed {QUICK}",
     "finetune": f"finetune MODEL --text TEXT {TRAINING}",
     "pack": "pack SPARSE --device cpu",
     "convert": "convert lns MODEL OUTPUT",
     "score": f"score MODEL --text TEXT {QUICK}",
     "diagnose": f"diagnose MODEL --text TEXT {QUICK}",
 }
-WITH_MODEL = ("prune", "narrow", "finetune", "pack", "convert")
+WITH_MODEL = ("prune", "narrow", "drop-experts", "finetune", "pack", "convert")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def sources(tmp_path_factory):
     model.save_pretrained(folder / "model")
     prune(model, 0.7, "magnitude")
     model.save_pretrained(folder / "sparse")
-    for name in ("model", "sparse"):
+    build("mixtral").save_pretrained(folder / "mixture")
+    for name in ("model", "sparse", "mixture"):
         gpt_like().save_pretrained(folder / name)
     (folder / "text.txt").write_text(TEXT)
     return folder
@@ -51,7 +53,8 @@ def sources(tmp_path_factory):
 @pytest.fixture
 def command(sources):
     def made(name, output):
-        places = {"MODEL": sources / "model", "SPARSE": sources / "sparse", "TEXT": sources / "text.txt"}
+        names = {"MODEL": "model", "SPARSE": "sparse", "MIXTURE": "mixture", "TEXT": "text.txt"}
+        places = {word: sources / file for word, file in names.items()}
         words = [str({**places, "OUTPUT": output}.get(word, word)) for word in COMMANDS[name].split()]
         return words if "OUTPUT" in COMMANDS[name] else [*words, "--output", str(output)]
 

@@ -124,6 +124,35 @@ def test_what_transformers_dequantizes_is_a_plain_model(folder, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "made" / "config.json").read_text())
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator may run MXFP4 without dequantizing it")
+def test_banks_in_mxfp4_are_dequantized_and_counted(folder, tmp_path):
+    """GPT-OSS as it is published: blocks of 32 values of four bits, with a scale of eight bits."""
+    model = build("gpt_oss", **WIDE)
+    model.save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    random = torch.Generator().manual_seed(0)
+    for key in [key for key in weights if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, out = weights.pop(key).shape
+        shape = (experts, out, width // 32)
+        weights[f"{key}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=random)
+        weights[f"{key}_scales"] = torch.randint(120, 126, shape, dtype=torch.uint8, generator=random)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}})
+    )
+    text = ["--text", folder / "text.txt", "--output", tmp_path / "made", *QUICK, "--no-baseline"]
+    command = ["quantize", tmp_path / "model", *text, "--bits", "3.5", "--block", "32", "--experts", "reap"]
+    assert main([str(each) for each in command]) == 0
+    report, stack = hf_cod.RunReport.load(tmp_path / "made"), hf_cod.find_decoder_layers(model)
+    assert report.results["bits"] == pytest.approx(3.5, abs=0.02)
+    routers = sum(experts.router.module.weight.numel() for i in range(4) for experts in stack.expert_sets(i))
+    assert sum(report.layers["parameters"]) + routers == sum(
+        p.numel() for n, p in stack.module_list.named_parameters() if p.dim() > 1 and "bias" not in n
+    )
+
+
 def adapter(folder, path, config, base="plain"):
     model = AutoModelForCausalLM.from_pretrained(folder / base)
     get_peft_model(model, config).save_pretrained(path)

@@ -14,6 +14,7 @@ from hf_cod import (
     collect_statistics,
     diagnose,
     drop,
+    drop_experts,
     drop_layers,
     factorize,
     heal,
@@ -24,6 +25,7 @@ from hf_cod import (
     recover,
     repeat,
     repeat_layers,
+    score_experts,
     score_layers,
     skip,
 )
@@ -44,6 +46,8 @@ SECOND = {
     "repeat_layers": lambda model: repeat_layers(model, 1),
     "drop_layers": lambda model: drop_layers(model, [1]),
     "drop_layers with a map": lambda model: drop_layers(model, [1], "linear", batches=two_batches(model)),
+    "drop_experts": lambda model: drop_experts(model, 0.5, batches=two_batches(model)),
+    "score_experts": lambda model: score_experts(model, batches=two_batches(model)),
     "narrow": lambda model: narrow(model, 0.7, "magnitude", "none"),
     "narrow by samples": lambda model: narrow(model, 0.7, batches=two_batches(model)),
     "factorize": lambda model: factorize(model, 0.7, "plain"),
@@ -65,7 +69,8 @@ def skip_one(model):
 
 @pytest.mark.parametrize("name", SECOND)
 def test_the_second_thread_is_refused_and_the_first_is_right(name):
-    model, began, ended, found = build("llama"), threading.Event(), threading.Event(), []
+    model = build("mixtral" if "experts" in name else "llama")
+    began, ended, found = threading.Event(), threading.Event(), []
     expected, weights = collect_statistics(model, [batch_for(model)]), copy.deepcopy(model.state_dict())
 
     def wait(*_):

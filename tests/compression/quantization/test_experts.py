@@ -1,17 +1,20 @@
 """Banks of experts in three and four bits: what they compute, how they are stored, what they are rounded to."""
 
 import copy
+import gc
 import sys
 
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_cod import OwlBnbConfig, collect_statistics, find_decoder_layers, quantize
+from hf_cod import OwlBnbConfig, collect_statistics, drop_experts, find_decoder_layers, narrow, prune, quantize
 from hf_cod.compression.quantization import bnb_decoding
 from hf_cod.compression.quantization.experts import QuantizedExperts
+from hf_cod.compression.quantization.quantizer import _Quantize
 from hf_cod.training.runs.memory import LiveStorages
 from tests import references as naive_models
 from tests.compression.quantization import references
@@ -81,12 +84,33 @@ def test_every_weight_counts_and_what_is_stored_is_what_runs(kind, tmp_path):
     torch.testing.assert_close(logits(again), logits(loaded), atol=1e-5, rtol=1e-5)
 
 
+def storages():
+    """Address -> bytes of each storage of numbers that is in memory."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+    real = [one for one in found if one.is_floating_point() and one.device.type == "cpu"]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in real}
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "dbrx", "jetmoe"])
 def test_banks_that_are_quantized_while_loading(kind, tmp_path, monkeypatch):
     """One bank at a time is dense."""
-    mixture(kind).save_pretrained(tmp_path)
+    model = mixture(kind)
+    model.save_pretrained(tmp_path)
+    of_banks = {m.parameter.nbytes for i in range(4) for m in find_decoder_layers(model).expert_matrices(i)}
     config = OwlBnbConfig(bits=3, block=32)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    dense, convert = [], _Quantize._of_experts
+    before = storages()
+
+    def watched(self, model, name, W):
+        sizes = [size for place, size in storages().items() if place not in before and size in of_banks]
+        dense.append((sizes, W.nbytes))
+        return convert(self, model, name, W)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Quantize, "_of_experts", watched)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert len(dense) == len(banks(loaded)) and all(sizes == [size] for sizes, size in dense)
     model, _ = quantized(kind, 3)
     assert banks(loaded).keys() == banks(model).keys()
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
@@ -303,6 +327,25 @@ def test_banks_on_disk(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     assert equal_files(tmp_path / "stored", tmp_path / "again")
+
+
+CHANGES = {
+    "prune": lambda model, batches: prune(model, 0.5, batches=batches),
+    "quantize": lambda model, batches: quantize(model, bits=3, block=32, batches=batches),
+    "drop_experts": lambda model, batches: drop_experts(model, 0.5, batches=batches),
+    "narrow": lambda model, batches: narrow(model, 0.8, channel_multiple=8, batches=batches),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_banks_are_refused_in_one_line(change, place, tmp_path):
+    model = mixture()
+    disk_offload(model, tmp_path) if place == "disk" else cpu_offload(model, torch.device("cpu"))
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"^model: expected weights in memory, got offloaded ones") as error:
+        CHANGES[change](model, [tokens()])
+    assert "\n" not in str(error.value) and torch.equal(logits(model), expected)
 
 
 class Einsum(nn.Module):
