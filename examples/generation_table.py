@@ -100,7 +100,7 @@ def table(layers: dict[str, list[float]], results: dict[str, Any], ends: dict[st
 
 
 def main() -> None:
-    """Trains, measures, and writes table.md and results.json."""
+    """Trains, measures, and writes table.md and table.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or Hub id")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="as in hf-cod diagnose")
@@ -127,7 +127,7 @@ def main() -> None:
     tasks = arguments.table_tasks or arguments.tasks
     found = measure_generation_drop(model, tokenizer, tasks, journal=output, show_progress=True, settings=settings)
     layers, results, ends = generation_figures(found, arguments.seed)
-    write_json(output / "results.json", {"layers": layers, "results": results, "intervals": ends})
+    write_json(output / "table.json", {"layers": layers, "results": results, "intervals": ends})
     lines = [*table(layers, results, ends), "", *generation_summary(results, layers)]
     write_text(output / "table.md", "\n".join([*lines, ""]))
     print("\n".join(lines))
