@@ -86,6 +86,7 @@ def test_batches_do_not_change_answers(pair, task, temperature):
         measure_generation_drop(*pair, task, max_new_tokens=4, batch_size=size, temperature=temperature)
         for size in (1, 4)
     )
+    assert not four.notes, "prompts of unequal length are padded"
     assert one.answers == four.answers and torch.equal(one.scores, four.scores)
     assert torch.allclose(one.chain, four.chain, rtol=1e-4)
 
