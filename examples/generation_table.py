@@ -54,7 +54,7 @@ def train(model: Any, tokenizer: Any, arguments: argparse.Namespace, done: int, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate)
     model.train()
     for step in range(done, done + steps):
-        drawn = GenerationSettings(max_prompts=arguments.batch, seed=TRAINING_SEED + step)
+        drawn = GenerationSettings(max_prompts=arguments.batch, seed=TRAINING_SEED + step * arguments.spacing)
         found = tokenized(tokenizer, load_tasks(arguments.tasks, tokenizer, drawn), None, 1)
         everything = [[*range(len(found.ids))]]
         (batch,) = answer_batches(found.ids, found.references, everything, tokenizer.pad_token_id)
@@ -69,7 +69,9 @@ def train(model: Any, tokenizer: Any, arguments: argparse.Namespace, done: int, 
 
 def trained(arguments: argparse.Namespace, output: Path, settings: GenerationSettings) -> tuple[Any, Any, list[float]]:
     """The fine-tuned model, its tokenizer, and its accuracy on each task."""
-    work = fingerprint({k: getattr(arguments, k) for k in ("model", "tasks", "rate", "batch", "every", "seed")})
+    work = fingerprint(
+        {k: getattr(arguments, k) for k in ("model", "tasks", "rate", "batch", "every", "spacing", "seed")}
+    )
     journal = Journal(output / "journal.jsonl", work)
     done = max((int(key) for key in journal.entries), default=0)
     saved = output / f"model-{done}"
@@ -100,7 +102,7 @@ def table(layers: dict[str, list[float]], results: dict[str, Any], ends: dict[st
 
 
 def main() -> None:
-    """Trains, measures, and writes table.md and results.json."""
+    """Trains, measures, and writes table.md and table.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or Hub id")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="as in hf-cod diagnose")
@@ -110,6 +112,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25, help="training steps between measurements")
     parser.add_argument("--batch", type=int, default=16, help="training problems of each task in a step")
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of AdamW")
+    parser.add_argument(
+        "--spacing",
+        type=int,
+        default=1000,
+        help="difference between the seeds of two steps. Problem i + 1 of reasoning-gym's seed s is problem i of seed "
+        "s + 1, so below --batch steps share problems",
+    )
     parser.add_argument("--prompts", type=int, default=64, help="test problems of each task")
     parser.add_argument("--max-new-tokens", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32, help="test problems at once")
@@ -127,7 +136,7 @@ def main() -> None:
     tasks = arguments.table_tasks or arguments.tasks
     found = measure_generation_drop(model, tokenizer, tasks, journal=output, show_progress=True, settings=settings)
     layers, results, ends = generation_figures(found, arguments.seed)
-    write_json(output / "results.json", {"layers": layers, "results": results, "intervals": ends})
+    write_json(output / "table.json", {"layers": layers, "results": results, "intervals": ends})
     lines = [*table(layers, results, ends), "", *generation_summary(results, layers)]
     write_text(output / "table.md", "\n".join([*lines, ""]))
     print("\n".join(lines))

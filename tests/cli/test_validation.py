@@ -47,6 +47,9 @@ BAD = {
     **dict.fromkeys(
         ["sequence_length", "max_samples", "batch_size", "micro_batch_size", "eval_samples", "tuning_samples"], COUNT
     ),
+    **dict.fromkeys(["max_prompts", "max_new_tokens"], COUNT),
+    "tasks": ["none.jsonl", "text.txt", "gym:nothing", "gym:chain_sum,digits=2", "lm-eval:"],
+    "diagnose temperature": ["-1", "nan", "inf", "x"],
     **dict.fromkeys(
         ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "n_removed"], COUNT
     ),

@@ -130,6 +130,7 @@ OTHERWISE = {
     ("LayerScores", "model"),
     ("LayerScores", "settings"),
     ("LayerAllocation", "model"),
+    ("GenerationTask", "name"),
 }
 
 

@@ -32,6 +32,7 @@ from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 
 
+@checked
 @dataclass(frozen=True)
 class GenerationDrop:
     """Three readings of the removal of each layer; S prompts, L layers. Column 0 is the intact model, column l + 1 the

@@ -55,7 +55,8 @@ class DiagnoseSettings(SampleSettings):
         default=None,
         metadata={
             "help": "tasks that the model answers without each layer: gym:NAME of reasoning-gym (gym:NAME@LEVEL, or "
-            "gym:NAME,setting=value), lm-eval:NAME, or a file of prompts and answers, scored by exact match",
+            "gym:NAME,setting=value), lm-eval:NAME, or a file of prompts and answers, scored by exact match; "
+            "default: none",
             "alone": True,
         },
     )

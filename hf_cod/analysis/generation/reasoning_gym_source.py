@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_cod.analysis.generation.settings import GenerationSettings
 from hf_cod.analysis.generation.task import GenerationTask
-from hf_cod.io.arguments import did_you_mean, unknown_name
+from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.display import one_line
 
 
@@ -89,7 +89,10 @@ def _setting(pair: str, known: list[str]) -> tuple[str, Any]:
     """A setting of a generator: a whole number, a number, true, false, or a word."""
     name, _, value = pair.partition("=")
     if name not in known:
-        raise ValueError(unknown_name("tasks", name, known))
+        near = did_you_mean([name], known)
+        raise ValueError(
+            f"tasks: expected a setting of the generator ({', '.join(known)}), got {name!r}. {near}".rstrip()
+        )
     if value in ("true", "false"):
         return name, value == "true"
     for kind in (int, float):

@@ -35,7 +35,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         if prefix in SOURCES:
             SOURCES[prefix][0](name)
         elif Path(task).suffix not in FILE_READERS or not Path(task).is_file():
-            raise ValueError(f"tasks: expected {KNOWN}; got {task!r}")
+            raise ValueError(f"tasks: expected {KNOWN}, got {task!r}")
 
 
 def listed(tasks: Any) -> list[str | GenerationTask]:
@@ -51,7 +51,7 @@ def listed(tasks: Any) -> list[str | GenerationTask]:
     if wrong is not None:
         raise ValueError(f"tasks: expected names or hf_cod.GenerationTask, got {shown(wrong)} among them")
     if not given:
-        raise ValueError(f"tasks: expected at least one of {KNOWN}; got none")
+        raise ValueError(f"tasks: expected at least one of {KNOWN}, got none")
     return [*given]
 
 

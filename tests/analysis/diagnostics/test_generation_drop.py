@@ -2,15 +2,18 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import GenerationTask, diagnose, drop, find_decoder_layers
+from hf_cod import GenerationTask, diagnose, drop, find_decoder_layers, skip
 from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop, sweep_cost, verdict
 from hf_cod.analysis.generation import decoding
+from hf_cod.analysis.generation.prompts import tokenized
 from hf_cod.analysis.generation.settings import GenerationSettings
+from hf_cod.analysis.generation.sources import load_tasks
 from hf_cod.io.models import embedded_model
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
@@ -61,9 +64,7 @@ def test_three_readings_against_a_loop_over_prompts_on_dropped_models(pair, task
     places = [PROMPTS.index(prompt) for prompt in shuffled(task)]
     own = [by_hand(model, tokenizer, prompt) for prompt in PROMPTS]
     for column in range(len(find_decoder_layers(model)) + 1):
-        shorter = copy.deepcopy(model)
-        if column:
-            drop(shorter, column - 1)
+        shorter = drop_copy(model, column - 1) if column else model
         for row, i in enumerate(places):
             asked = tokens(tokenizer, PROMPTS[i])
             answer = tokenizer.decode(by_hand(shorter, tokenizer, PROMPTS[i]), skip_special_tokens=True)
@@ -85,6 +86,7 @@ def test_batches_do_not_change_answers(pair, task, temperature):
         measure_generation_drop(*pair, task, max_new_tokens=4, batch_size=size, temperature=temperature)
         for size in (1, 4)
     )
+    assert not four.notes, "prompts of unequal length are padded"
     assert one.answers == four.answers and torch.equal(one.scores, four.scores)
     assert torch.allclose(one.chain, four.chain, rtol=1e-4)
 
@@ -225,3 +227,28 @@ def test_wrong_settings_are_one_clear_line(pair, options, told):
 
 def test_the_cost_counts_all_models():
     assert "at most 13,440 tokens" in sweep_cost(20, 64, GenerationSettings(max_new_tokens=10))
+
+
+@pytest.mark.real
+def test_a_real_model_answers_chats_in_batches_as_alone_and_under_skip_as_dropped(smollm2):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    chosen = GenerationSettings(max_prompts=4, max_new_tokens=6)
+    tasks = load_tasks("gym:chain_sum,max_terms=3", tokenizer, chosen)
+    prompts = tokenized(tokenizer, tasks, None, chosen.max_new_tokens)
+    assert tokenizer.decode(prompts.ids[0]).endswith("<|im_start|>assistant\n")
+    shorter = drop_copy(model, 12)
+    for used, context in ((model, nullcontext()), (shorter, skip(model, 12))):
+        with context:
+            found = decoding.Decoder(find_decoder_layers(model), tokenizer, chosen).answers(prompts.ids, range(4))
+        for asked, said in zip(prompts.ids, found, strict=True):
+            ids = torch.tensor([asked])
+            alone = used.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+            )[0, len(asked) :]
+            assert said == alone.tolist()
+
+
+def drop_copy(model, layer):
+    shorter = copy.deepcopy(model)
+    drop(shorter, layer)
+    return shorter

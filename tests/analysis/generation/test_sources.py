@@ -127,7 +127,10 @@ def test_lm_eval_tasks_that_compare_choices_are_refused(custom):
         ("chain_sum", "tasks: expected gym:NAME of reasoning-gym, .* got 'chain_sum'"),
         ("missing.jsonl", "tasks: expected gym:NAME .* got 'missing.jsonl'"),
         ("gym:chain_summ", "tasks: expected a generator of reasoning-gym, got gym:chain_summ. did you mean chain_sum?"),
-        ("gym:chain_sum,max_term=2", "tasks: did you mean max_terms\\? expected one of .*, got 'max_term'"),
+        (
+            "gym:chain_sum,max_term=2",
+            "tasks: expected a setting of the generator .min_terms.*, got 'max_term'. did you mean max_terms",
+        ),
         ("gym:chain_sum,min_terms=9", "tasks: expected settings that gym:chain_sum accepts, got max_terms must be"),
         ("gym:chain_sum@hard", "tasks: expected a level from 0 for gym:chain_sum, got @hard"),
         ("gym:composite@1", "tasks: expected no level, since there is no curriculum for gym:composite, got @1"),
