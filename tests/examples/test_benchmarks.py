@@ -21,6 +21,7 @@ QUICK = {
     "benchmarks/few_tokens.py": f"--layers 1 --rows 4 --samples 12 --text {TEXT}",
     "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
     "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns",
+    "benchmarks/plans.py": "--passes 60 --search-samples 4 --report-samples 2 --minutes 0.3",
     "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
     "benchmarks/reading.py": "--layers 2 --hidden 8 --intermediate 8 --rounds 2",
     "benchmarks/smaller.py": "--prompt 8 --new-tokens 2 --rounds 1 --layers 2",
@@ -37,7 +38,7 @@ ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/few_tokens.py", "benchmarks/
 @pytest.mark.process
 @pytest.mark.parametrize("script", QUICK)
 def test_a_script_runs_to_its_end(script, tmp_path):
-    table = script.endswith("_table.py")
+    table = script.endswith(("_table.py", "plans.py"))
     words = [*QUICK[script].split(), *(SAMPLES if table else ()), *(MODEL if table or script in ON_A_MODEL else ())]
     output = tmp_path / ("table" if table else "figures.json")
     command = [sys.executable, "-W", "error::DeprecationWarning:hf_cod", str(EXAMPLES / script), *words]
