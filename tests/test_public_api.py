@@ -54,7 +54,8 @@ OPTIONS = {
     "quantize": ("OwlBnbConfig", "model batches tokenizer texts journal layers_path name show_progress"),
     "recover": ("RecoverySettings", "model batches tokenizer texts layers_path show_progress"),
     "score_experts": ("ExpertScoreSettings", "model statistics batches tokenizer texts show_progress"),
-    "score_layers": ("ScoreSettings", "model statistics batches tokenizer texts show_progress"),
+    "score_layers": ("ScoreSettings", "model statistics batches tokenizer texts journal show_progress"),
+    "search_plan": ("SearchSettings", "model batches tokenizer texts scores journal layers_path show_progress"),
     "token_batches": ("SampleSettings", "tokenizer texts"),
 }
 # These take what they work on alone; `llama_preset` and `owlore` hand fields on, `SparseLinear` is a module.

@@ -21,6 +21,7 @@ QUICK = {
     "benchmarks/few_tokens.py": f"--layers 1 --rows 4 --samples 12 --text {TEXT}",
     "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
     "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns pre+gpas",
+    "benchmarks/plans.py": "--passes 60 --search-samples 4 --report-samples 2 --minutes 0.3",
     "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
     "benchmarks/reading.py": "--layers 2 --hidden 8 --intermediate 8 --rounds 2",
     "benchmarks/smaller.py": "--prompt 8 --new-tokens 2 --rounds 1 --layers 2",
@@ -39,7 +40,7 @@ ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/few_tokens.py", "benchmarks/
 @pytest.mark.process
 @pytest.mark.parametrize("script", QUICK)
 def test_a_script_runs_to_its_end(script, tmp_path):
-    table = script.endswith("_table.py")
+    table = script.endswith(("_table.py", "plans.py"))
     words = [
         *QUICK[script].split(),
         *(SAMPLES if table and script not in OWN_SAMPLES else ()),
