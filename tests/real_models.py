@@ -21,10 +21,17 @@ from huggingface_hub import cached_assets_path
 from hf_cod.cli.commands.demo import PACKAGED_MODEL
 from hf_cod.io.models import ModelSettings, load_model
 
-_FILE = Path(__file__).parents[1] / "examples" / "benchmarks" / "packaged_files.py"
-_spec = importlib.util.spec_from_file_location("packaged_files", _FILE)
-packaged_files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(packaged_files)
+
+def benchmark(name: str):
+    """A module of examples/benchmarks."""
+    file = Path(__file__).parents[1] / "examples" / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+packaged_files = benchmark("packaged_files")
 from_package = packaged_files.from_package
 
 MIXTURE = Path(__file__).parent / "assets" / "mixture"
@@ -65,6 +72,11 @@ def smollm2() -> str:
         tokenizer.save_pretrained(folder)
 
     return str(_made_once("smollm2", make))
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF of the same model and package, in Q4_1."""
+    return from_package(*PACKAGED_MODEL)
 
 
 def mixture() -> str:

@@ -216,7 +216,12 @@ class CompressionOutput(ResultsOutput):
     """The same, and a scores file as input."""
 
     scores: str | None = field(
-        default=None, metadata={"help": "scores.json of hf-cod score; default: the layers are scored by this command"}
+        default=None,
+        metadata={
+            "help": "scores.json of hf-cod score, or a file of another tool (sensitivities of MLX, layer_config of "
+            "AutoRound, imatrix.gguf of llama.cpp, a .csv of module,number); default: the layers are scored by this "
+            "command"
+        },
     )
 
 
@@ -224,7 +229,9 @@ class CompressionOutput(ResultsOutput):
 class TrainingOutput(PlotSettings):
     """Settings of a scores file and of the output directory of a training."""
 
-    scores: str | None = as_in(CompressionOutput, "scores")
+    scores: str | None = field(
+        default=None, metadata={"help": "scores.json of hf-cod score; default: the layers are scored by this command"}
+    )
     output: str | None = field(
         default=None,
         metadata={"help": "directory for model, report and training checkpoints; default: hf-cod-COMMAND-MODEL"},

@@ -22,6 +22,7 @@ from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.imports.importer import import_scores, read_scores
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -48,7 +49,7 @@ class Work:
     def __init__(
         self, source: str, loading: ModelSettings, settings: Any, journal: Path, scores_file: str | None = None
     ) -> None:
-        self.scores = None if scores_file is None else LayerScores.load(scores_file)
+        self.scores = None if scores_file is None else read_scores(scores_file)
         self.source, self._loading, self.settings = source, loading, settings
         self.model, self.tokenizer = load_with_tokenizer(source, loading)
         check_unquantized(self.model, source)
@@ -59,6 +60,8 @@ class Work:
             "layers_path": settings.layers_path,
             "show_progress": True,
         }
+        if scores_file is not None and self.scores is None:
+            self.scores = import_scores(self.model, scores_file, layers_path=settings.layers_path)
         if self.scores is not None:
             self.scores.check(self.stack)
 

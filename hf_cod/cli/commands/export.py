@@ -130,6 +130,7 @@ def run(
     from hf_cod.layers.batches import with_labels
     from hf_cod.layers.checks import check_length
     from hf_cod.models.stored_config import check_storable
+    from hf_cod.scoring.imports.importer import import_scores
 
     loaded, tokenizer = load_with_tokenizer(source, loading)
     model: Any = loaded
@@ -141,6 +142,8 @@ def run(
     chosen = ExportSettings(**{f.name: getattr(settings, f.name) for f in fields(ExportSettings)})
     if not read:
         read = {"scores": _score(model, batches, settings)}
+    elif files.scores is not None and read["scores"] is None:
+        read = {"scores": import_scores(model, files.scores, layers_path=settings.layers_path)}
     rounds = TARGETS[settings.to].rounds
     notes = whole.before_saving(model) if rounds else []
     more: dict[str, Any] = {"journal": output.journal, "layers_path": settings.layers_path, "show_progress": True}
@@ -160,14 +163,14 @@ def run(
 def _read(files: ExportOutput) -> dict[str, Any]:
     """The scores or the plan from a file, as arguments of `export`."""
     from hf_cod.scoring.allocation import LayerAllocation
-    from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.scoring.imports.importer import read_scores
 
     if files.plan is not None:
         try:
             return {"plan": LayerAllocation.load(files.plan)}
         except ValueError as error:
             raise ValueError(f"plan{str(error).removeprefix(LayerAllocation.FIELD)}") from error  # the option's name
-    return {} if files.scores is None else {"scores": LayerScores.load(files.scores)}
+    return {} if files.scores is None else {"scores": read_scores(files.scores)}
 
 
 def _score(model: nn.Module, batches: Sequence[Batch], settings: ExportOptions) -> LayerScores:

@@ -122,6 +122,22 @@ def import_plan(
     return plan
 
 
+def read_scores(path: str | Path) -> LayerScores | None:
+    """Our own scores of a file; None for a file of another tool, which only `import_scores` reads, by the model.
+
+    Raises:
+        ValueError: no such file, or another kind of content.
+    """
+    if Path(path).is_file() and Path(path).suffix in (SUFFIX, ".csv"):
+        return None
+    content = read_json(path, LayerScores.FIELD)
+    if isinstance(content, dict) and "format" in content:
+        return LayerScores.load(path)
+    with naming_file(path):
+        _of_content(content, LayerScores.FIELD)
+    return None
+
+
 def _values(found: NamedNumbers, stack: DecoderLayers, field: str) -> dict[str, float]:
     values, outside = by_matrix(found, stack, field)
     if outside:
@@ -139,11 +155,15 @@ def _read(source: str | Path | Mapping[str, Any], field: str) -> NamedNumbers:
             return table(text)
     content = read_json(source, field)
     with naming_file(source):
-        if isinstance(content, list):
-            return mlx.sensitivities(content)
-        if isinstance(content, dict):
-            return _of_entries(content, field)
-        raise _unknown(content, field)
+        return _of_content(content, field)
+
+
+def _of_content(content: Any, field: str) -> NamedNumbers:
+    if isinstance(content, list):
+        return mlx.sensitivities(content)
+    if isinstance(content, dict):
+        return _of_entries(content, field)
+    raise _unknown(content, field)
 
 
 def _of_entries(content: dict[str, Any], field: str) -> NamedNumbers:

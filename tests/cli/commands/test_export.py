@@ -87,3 +87,17 @@ def test_an_export_to_vllm_resumes(arguments, checkpoint, monkeypatch):
     assert main(words) == 0 and save is compressed_tensors._save
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
     assert not (out / "journal").exists()
+
+
+def test_scores_of_another_tool(arguments, checkpoint, capsys):
+    file = checkpoint / "scores.csv"
+    file.write_text("".join(f"model.layers.{index},{value}\n" for index, value in enumerate((1, 3, 2))))
+    more = ["--to", "gptqmodel", "--bits", "3.6", "--scores", str(file), "--output"]
+    assert main([*arguments, *more, str(checkpoint / "out")]) == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.settings["score"] == "table" and report.layers["score"] == [1.0, 3.0, 2.0]
+    assert report.layers["bits"][0] <= report.layers["bits"][2] < report.layers["bits"][1]
+    assert LayerScores.load(checkpoint / "out" / "scores.json").granularity == "module"
+    file.write_text("model.layers.9,1\n")
+    assert main([*arguments, *more, str(checkpoint / "bad")]) == 2
+    assert "scores: expected modules of the model, got 1 of 1 that it does not have" in capsys.readouterr().err

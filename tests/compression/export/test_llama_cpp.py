@@ -5,9 +5,14 @@ import re
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import export
+from hf_cod import LayerStatistics, collect_statistics, export, score_layers, token_batches
 from hf_cod.compression.export.llama_cpp import BLOCKS, LADDER, stored, type_of
+from hf_cod.layers.gguf_names import gguf_names
+from hf_cod.layers.stack import find_decoder_layers
+from tests import real_models
 from tests.compression.export.models import batches, llama, scores
 from tests.tiny_models import build
 
@@ -74,3 +79,42 @@ def test_tied_embeddings_count_once_and_opt_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^model: expected an architecture that GGUF has names for, got opt$"):
         opt = build("opt", 2, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64)
         export(opt, tmp_path / "opt", to="llama.cpp", bits=5)
+
+
+def test_the_real_llama_cpp_makes_what_was_planned(smollm2, brown_text, tmp_path):
+    """Sizes and types are those of the plan; logits of 16 bits are ours, and those of the plan are near them."""
+    libllama = real_models.benchmark("libllama")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    few = token_batches(tokenizer, brown_text, sequence_length=128, max_samples=8)
+    statistics = collect_statistics(model, few)
+    found = score_layers(model, statistics, "owl")
+    report = export(model, tmp_path, to="llama.cpp", bits=4.8, scores=found, statistics=statistics)
+    sums = LayerStatistics.load(tmp_path / "imatrix.gguf", model=model)
+    names = gguf_names(find_decoder_layers(model))
+    means = {
+        f"{names[name][0][0]}.weight": (sums.squares[name] / sums.tokens[name]).float().numpy() for name in sums.squares
+    }
+    half = libllama.quantize(real_models.smollm2_gguf(), tmp_path / "half.gguf", "F16", requantize=True)
+    types = libllama.types_of(tmp_path / "tensor-types.txt")
+    file = libllama.quantize(half, tmp_path / "plan.gguf", "Q8_0", types=types, others="q8_0", imatrix=means)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    size = sum(int(tensor.n_bytes) for tensor in tensors.values())
+    assert f"will have {size:,} bytes" in report.summary[-1]
+    modules, kinds = dict(model.named_modules()), set()
+    for name, width in report.results["module_bits"].items():
+        kind = tensors[f"{names[name][0][0]}.weight"].tensor_type.name.lower()
+        assert kind == type_of(tuple(modules[name].weight.shape), width), name
+        kinds.add(kind)
+    assert kinds == {"iq4_nl", "q4_k", "q5_0", "q5_k"}
+    ids = tokenizer(brown_text[-2000:])["input_ids"][:128]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    divergence = {}
+    for path in (half, file):
+        engine = libllama.Llama(path, len(ids))
+        logits = torch.from_numpy(engine.logits(ids))
+        engine.close()
+        log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
+        divergence[path] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert divergence[half] < 1e-4 < divergence[file] < 0.2
