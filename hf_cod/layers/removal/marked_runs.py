@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # layer has another mark altogether.
 TOLERANCE = 0.03
 Place = tuple[Any, ...]
+# Models that a warning has named, because many sets of layers are tried before a search.
+_named: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class MarkedRuns:
             except Exception as error:  # whatever a model raises on inputs that may be none for it
                 self._before.append(None)
                 why = f": {type(error).__name__}: {one_line(str(error))[:150]}"
-        if not self.ran:
+        if not self.ran and self.stack.model not in _named:
+            _named.add(self.stack.model)
             logger.warning(
                 "%s was not run to find out what it does at a layer by its index, because its layers do not run on a "
                 "small input that its config describes%s",
