@@ -13,17 +13,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_cod.io.display import one_line
 from hf_cod.io.text import Batch
-from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.devices import check_in_memory, random_state_restored
 from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.layer_calls import REPEATED, layers_obstacle
 from hf_cod.layers.modes import modules_restored
-from hf_cod.layers.partial_forward import layer_states, run_layer
+from hf_cod.layers.partial_forward import State, last_states, layer_states, run_layer
 from hf_cod.layers.probe_inputs import probe_inputs
-from hf_cod.layers.running import evaluation_mode
+from hf_cod.layers.running import evaluation_mode, tensors_of
 from hf_cod.layers.stack import DecoderLayers
 
 # Relative to the largest value. Both runs compute the same; a GPU may add in another order.
@@ -31,6 +31,7 @@ TOLERANCE = 0.01
 
 # Model -> (name and number of its layers, names of inputs) -> what was found; weights do not matter.
 _known: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, str] | None]] = WeakKeyDictionary()
+_readers: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
 def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None) -> None:
@@ -76,6 +77,42 @@ def runs_several_times(stack: DecoderLayers, batches: Sequence[Batch] | None = N
     return any(obstacles.get(f"{stack.layers_path}.{index}") == REPEATED for index in range(len(stack)))
 
 
+def reads_several_states(stack: DecoderLayers, batches: Sequence[Batch] | None = None) -> bool:
+    """Whether a model reads states of these layers beside that after the last one, as LLaVA those of its vision tower.
+
+    A run that starts behind a layer, with the state after it, lacks the states before it. It is found out by two runs
+    from the state after the last layer, with other ones in place of the earlier states.
+
+    Args:
+        stack: the layers.
+        batches: inputs, as in `check_independent`.
+    """
+    batch = batches[0] if batches else None
+    place = (stack.layers_path, len(stack), *sorted(batch or ()))
+    found = _readers.setdefault(stack.model, {})
+    if place not in found:
+        found[place] = _reads_several(stack, batch)
+    return found[place]
+
+
+def check_last_state(stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None) -> None:
+    """Checks that a model reads no other state of these layers than that after the last one.
+
+    Args:
+        stack: the layers.
+        field: the user's setting, with which the error begins.
+        batches: inputs, as in `check_independent`.
+
+    Raises:
+        ValueError: it reads the states after several layers.
+    """
+    if reads_several_states(stack, batches):
+        raise ValueError(
+            f"{field}: expected a model that reads the hidden state after the last of its layers alone, got "
+            f"{type(stack.model).__name__}, which reads those of other layers of {stack.layers_path}"
+        )
+
+
 _SHARING = "num_kv_shared_layers > 0"
 
 
@@ -118,6 +155,32 @@ def _first_dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, st
             if distance > TOLERANCE:  # not if it is NaN: forward passes name the layer where that begins
                 return layer, f"its output differs by {distance:.0%} of its largest value"
     return None
+
+
+@torch.no_grad()
+def _reads_several(stack: DecoderLayers, batch: Batch | None) -> bool:
+    try:
+        check_in_memory(stack.model)
+        inputs, device = probe_inputs(stack.model, batch)
+    except ValueError:  # weights without values
+        return False
+    with modules_restored(stack.model), evaluation_mode(stack), device:
+        try:
+            with layer_states(stack) as states:
+                stack.model(**inputs)
+            last: State = states[-1]
+            one, other = (_outputs(stack, inputs, last, each) for each in (last[0], torch.randn_like(last[0])))
+        except Exception:  # whatever a model raises on inputs that may be none for it; on its own, it raises later
+            return False
+    # Both runs compute the same with the same numbers, unless the states differ that they read.
+    return any(not torch.equal(found.nan_to_num(), other[at].nan_to_num()) for at, found in one.items() if at in other)
+
+
+def _outputs(stack: DecoderLayers, inputs: Any, last: State, earlier: Tensor) -> dict[Any, Tensor]:
+    """What the model returns with this state after the last layer, and `earlier` after all others."""
+    with last_states(stack, last, earlier), random_state_restored(stack.model, seed=0):
+        output = stack.model(**inputs)
+    return dict(tensors_of(output, by_layer=(len(stack), len(stack) + 1)))
 
 
 def _distance(found: Any, expected: Any) -> float:

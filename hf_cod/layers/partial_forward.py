@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,10 +104,22 @@ def returned_beside(stack: DecoderLayers) -> Iterator[dict[int, tuple[Any, ...] 
 
 
 @contextmanager
-def passed_over(stack: DecoderLayers, layer: int, rest: tuple[Any, ...] | None) -> Iterator[None]:
-    """Within the block a layer returns its input and `rest`, see `State`, at each of its runs in a forward pass."""
+def passed_over(stack: DecoderLayers, rests: Mapping[int, tuple[Any, ...] | None]) -> Iterator[None]:
+    """Within the block these layers return their input at each of their runs in a forward pass, and the value of the
+    mapping beside it, see `State`."""
     passages = OrderedDict(stack.module_list._modules)
-    passages[str(layer)] = Passage(stack[layer], None, lambda: rest)
+    passages.update({str(i): Passage(stack[i], None, partial(_same, rest)) for i, rest in rests.items()})
+    with exchanged_layers(stack, passages):
+        yield
+
+
+@contextmanager
+def last_states(stack: DecoderLayers, last: State, earlier: Tensor) -> Iterator[None]:
+    """Within the block the last layer returns `last`, and all others `earlier` as their hidden state."""
+    passages = OrderedDict(stack.module_list._modules)
+    for i in range(len(stack)):
+        stored = last[0] if i == len(stack) - 1 else earlier
+        passages[str(i)] = Passage(stack[i], stored, partial(_same, last[1]))
     with exchanged_layers(stack, passages):
         yield
 
@@ -176,6 +189,10 @@ def check_finite(states: list[Any], number: int) -> None:
 def state_of(output: Any) -> State:
     """A layer's output as a state."""
     return hidden_output(output), tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 class Passage(nn.Module):

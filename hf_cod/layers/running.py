@@ -18,6 +18,8 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
 
 Item = TypeVar("Item")
+Place = tuple[Any, ...]
+"""Where a tensor is inside tuples, lists and dicts: their indices and keys."""
 # Bars that exist; a finished one is disabled.
 _BARS: WeakSet[Any] = WeakSet()
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
@@ -176,3 +178,15 @@ def described_output(output: Any) -> str:
     """What a layer returned, with the names of its parts."""
     names = getattr(output, "_fields", None) or (list(output) if isinstance(output, Mapping) else None)
     return type(output).__name__ + (f" of {', '.join(map(str, names))}" if names else "")
+
+
+def tensors_of(value: Any, at: Place = (), by_layer: tuple[int, ...] = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Place -> tensor inside of tuples, lists and dicts; lists of one entry for each layer are left out."""
+    if isinstance(value, Tensor):
+        yield at, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from tensors_of(each, (*at, key), by_layer)
+    elif isinstance(value, (tuple, list)) and len(value) not in by_layer:
+        for key, each in enumerate(value):
+            yield from tensors_of(each, (*at, key), by_layer)

@@ -63,10 +63,17 @@ def path_of_stack(model: Any, name: str | None) -> str:
         name: the stack's name, or that of its module list; None: the default, see `find_decoder_layers`.
 
     Raises:
-        ValueError: there is no such stack; without a name, no stack or more than one fits.
+        ValueError: there is no such stack, or its elements are stages; without a name, no stack or more than one fits.
     """
     lists = module_lists(model)
-    return _default_path(model, lists) if name is None else _path_of(model, lists, name)
+    if name in lists:
+        return name
+    path = _default_path(model, lists) if name is None else _path_of(model, lists, name)
+    stages = _stages(model, {path: lists[path]})
+    widths = [*map(_norm_widths, stages.values())]
+    if widths and all(widths) and not set.intersection(*widths):
+        raise ValueError(f"{'model' if name is None else 'stack'}: {_no_stack(model, stages, lists, path)}")
+    return path
 
 
 def side_of(model: Any, path: str) -> str | None:
@@ -118,9 +125,7 @@ def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> str:
-    """The module list that a user chose by its own name, or by that of the stack."""
-    if name in lists:
-        return name
+    """The module list of the stack with this name."""
     stacks = named_stacks(model)
     for stack in stacks:
         if name == stack.name:
@@ -175,20 +180,25 @@ def _not_one(model: Any, lists: dict[str, nn.ModuleList], stacks: list[NamedStac
     writes = callable(getattr(model, "can_generate", None)) and model.can_generate()
     stages = {} if stacks or writes else _stages(model, lists)
     if stages:
-        listed = all(stage in lists for stage in stages)
-        way = (
-            "pass the name of one as layers_path=, to measure, prune, quantize, factorize, narrow or skip its layers; "
-            "drop requires a config that counts them"
-        )
-        return (
-            f"expected one stack of layers in {name}, got {len(stages)} stages: {_rows(stages)}; "
-            f"{way if listed else 'they are no module lists, and cannot be treated layer by layer'}"
-        )
+        return _no_stack(model, stages, lists)
     told = f"its stacks are {_described(stacks)}" if stacks else _describe(lists)
     way = "pass the name of the right one as layers_path=" if lists else "its layers cannot be found"
     if depth is None:
         return f"expected a config that counts the layers (num_hidden_layers) of {name}, got one without; {told}; {way}"
     return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {found}; {told}; {way}"
+
+
+def _no_stack(model: Any, stages: Mapping[str, Any], lists: dict[str, nn.ModuleList], outer: str = "") -> str:
+    """That a model has stages in place of a stack, and the way out."""
+    way = (
+        "pass the name of one as layers_path=, to measure, prune, quantize, factorize, narrow or skip its layers; "
+        "drop requires a config that counts them"
+    )
+    if any(stage not in lists for stage in stages):
+        way = "they are no module lists, and cannot be treated layer by layer"
+    more = f"; prune and quantize also take all of them as layers, by layers_path={outer!r}" if outer else ""
+    found = f"{len(stages)} stages: {_rows(stages)}"
+    return f"expected one stack of layers in {type(model).__name__}, got {found}; {way}{more}"
 
 
 def _stages(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList | nn.Sequential]:
@@ -212,6 +222,12 @@ def _stages(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.M
 def _is_normed(layers: nn.ModuleList | nn.Sequential) -> bool:
     """Whether each of these has a norm of any kind."""
     return all(any("Norm" in type(module).__name__ for module in layer.modules()) for layer in layers)
+
+
+def _norm_widths(layers: nn.Module) -> set[int]:
+    """The widths of all norms. Those of stages have none in common, those of the parts of a layer the layer's own."""
+    norms = (module for module in layers.modules() if "Norm" in type(module).__name__)
+    return {len(p) for norm in norms for p in norm.parameters(recurse=False) if p.dim() == 1 and len(p)}
 
 
 def _count(module: nn.Module) -> int:

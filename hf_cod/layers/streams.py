@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.layers.running import hidden_input, hidden_output
+from hf_cod.layers.stack import DecoderLayers
 
 
 def states_around(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,30 @@ def states_around(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any],
         hidden_output(output)  # says what the layer returns
     names.update(zip(lone[1], lone[0], strict=True))
     return torch.cat([before[names[name]] for name in after], -1), torch.cat([*after.values()], -1)
+
+
+def check_states(stack: DecoderLayers, layer: int, x: Tensor, y: Tensor, samples: int) -> None:
+    """Checks the hidden states before and after a layer, as (S, T, d).
+
+    Args:
+        stack: the layers.
+        layer: index of the layer.
+        x, y: its states.
+        samples: S.
+
+    Raises:
+        ValueError: they have another form, or the layer returns other tokens or another width than it takes.
+    """
+    if x.dim() != 3 or len(x) != samples:
+        raise ValueError(
+            f"model: expected hidden states (samples, tokens, width) of {samples} samples, got {tuple(x.shape)}"
+        )
+    if x.shape != y.shape:
+        raise ValueError(
+            "layers: expected layers that return hidden states of the shape that they take, got "
+            f"{stack.layers_path}.{layer} of {type(stack.model).__name__}, which takes {tuple(x.shape)} and returns "
+            f"{tuple(y.shape)}; pass the name of a list of layers inside a stage as layers_path="
+        )
 
 
 def _by_name(output: Any) -> dict[str, Any] | None:

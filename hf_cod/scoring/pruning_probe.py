@@ -22,7 +22,7 @@ from hf_cod.functional.sparsity import magnitude_mask, wanda_mask
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent
+from hf_cod.layers.independence import check_independent, check_last_state
 from hf_cod.layers.partial_forward import State, run_layer, running_only
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -56,6 +56,7 @@ class PruningProbe:
         if task not in LANGUAGE_MODELS:
             raise ValueError(f"model: expected a language model to probe, got {type(stack.model).__name__}")
         check_independent(stack, "auto", batches)
+        check_last_state(stack, "auto", batches)
         check_writable(stack)
         self.stack, self.pruner, self.statistics, self.show_progress = stack, pruner, statistics, show_progress
         device = execution_device(stack.model)

@@ -7,8 +7,25 @@ from transformers import AutoModelForCausalLM
 
 from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
-from hf_cod import diagnose, factorize, find_decoder_layers, narrow, prune, quantize, skip
-from hf_cod.layers.independence import check_independent
+from hf_cod import (
+    diagnose,
+    drop,
+    factorize,
+    find_decoder_layers,
+    narrow,
+    perplexity,
+    plan_depth,
+    prune,
+    quantize,
+    repeat,
+    score_layers,
+    skip,
+)
+from hf_cod.analysis.evaluation.choice import find_metric
+from hf_cod.compression.depth.removal_probe import RemovalProbe
+from hf_cod.compression.depth.repeat_probe import RepeatProbe
+from hf_cod.layers.independence import check_independent, reads_several_states
+from hf_cod.layers.task import task_of
 from tests.references import wanda_mask
 from tests.tiny_models import FAMILIES, batch_for, build
 
@@ -115,6 +132,54 @@ def test_a_second_state_that_layers_hand_on_is_that_of_the_layer_before():
     model, batch = build_type("zaya"), {"input_ids": torch.arange(3, 11)[None]}
     batch["labels"] = batch["input_ids"]
     report = diagnose(model, batches=[batch], metrics=["layer_drop"])
-    for layer, perplexity in enumerate(report.results["layer_drop"]["without"]):
+    for layer, value in enumerate(report.results["layer_drop"]["without"]):
         with torch.no_grad(), skip(model, layer):
-            assert math.log(perplexity) == pytest.approx(float(model(**batch).loss), abs=1e-5), layer
+            assert math.log(value) == pytest.approx(float(model(**batch).loss), abs=1e-5), layer
+
+
+def reader():
+    """LLaVA, whose text gets the states before the last layer of its vision tower, and texts with an image each."""
+    model = build_type("vision-language/llava+images")
+    model.config.vision_feature_layer, token = -2, model.config.image_token_id
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values=pixels[:1], vision_feature_layer=-2)
+    places = [token] * sum(len(each) for each in found.pooler_output)
+    ids = torch.tensor([[3 + i, 4, *places, 5, 6 + i, 7] for i in range(4)])
+    return model, {"input_ids": ids, "pixel_values": pixels, "labels": ids.masked_fill(ids == token, -100)}
+
+
+def test_removals_of_a_tower_whose_earlier_states_are_read_are_those_of_drop():
+    """So the last layer costs nothing; repetitions are those of `repeated`."""
+    model, batch = reader()
+    intact = math.log(perplexity(model, [batch]))
+
+    def loss(change, *where):
+        other = copy.deepcopy(model)
+        change(other, *where, stack="vision")
+        return math.log(perplexity(other, [batch]))
+
+    expected = [loss(drop, [layer]) - intact for layer in range(4)]
+    assert expected[3] == 0 and all(abs(cost) > 1e-5 for cost in expected[:3])
+    plan = plan_depth(model, 1, "layer_drop", batches=[batch], stack="vision", protect=False)
+    assert plan.costs == pytest.approx(expected, abs=1e-7)
+    (pair,) = _probe(RemovalProbe, model, batch).losses([[1, 2]])
+    assert pair == pytest.approx(loss(drop, [1, 2]), abs=1e-7)
+    report = diagnose(model, batches=[batch], metrics=["layer_drop"], stack="vision", show_progress=False)
+    found = report.results["layer_drop"]
+    assert [math.log(value) - math.log(found["intact"]) for value in found["without"]] == pytest.approx(
+        expected, abs=1e-6
+    )
+    assert _probe(RepeatProbe, model, batch, 2).losses([(1, 3)]) == pytest.approx([loss(repeat, 1, 3)], abs=1e-7)
+
+
+def test_measures_that_start_in_the_middle_refuse_a_model_that_reads_earlier_states():
+    model, batch = reader()
+    with pytest.raises(ValueError, match=r"^auto: expected a model that reads the hidden state after the last of its"):
+        score_layers(model, method="auto", batches=[batch], stack="vision", pruner="magnitude", target=0.5)
+    assert not reads_several_states(find_decoder_layers(model, "text"), [batch])
+
+
+def _probe(kind, model, batch, *more):
+    stack = find_decoder_layers(model, "vision")
+    return kind(stack, find_metric(None, task_of(model, [batch])), *more, [batch])

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -22,6 +23,7 @@ from hf_cod import (
     drop_layers,
     find_decoder_layers,
     perplexity,
+    plan_depth,
     prune,
     quantize,
     score_layers,
@@ -263,6 +265,56 @@ def test_stages_are_named_and_each_can_be_chosen():
         find_decoder_layers(AutoModelForImageClassification.from_config(tiny_config("vision/cvt")))
     with pytest.raises(ValueError, match=r"a config that counts the layers \(num_hidden_layers\) of Perc.*, got one w"):
         find_decoder_layers(AutoModelForMaskedLM.from_config(tiny_config("encoder/perceiver")))
+
+
+WINDOWS = {"depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "embed_dim": 16, "window_size": 4, "patch_size": 2}
+# Of four stages, as many as `num_hidden_layers`, and the list that has them.
+STAGED = {
+    "swin": ({**WINDOWS, "image_size": 64}, "swin.encoder.layers"),
+    "swinv2": ({**WINDOWS, "image_size": 64}, "swinv2.encoder.layers"),
+    "donut-swin": ({**WINDOWS, "image_size": 64}, "donut.encoder.layers"),
+    "convnext": ({"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, "convnext.encoder.stages"),
+    "segformer": (
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 3, 4]},
+        "segformer.stages",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STAGED)
+def test_stages_are_no_layers_where_the_config_counts_as_many(kind):
+    """They take and return hidden states of other widths."""
+    sizes, outer = STAGED[kind]
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(CONFIG_MAPPING[kind](**sizes)).eval()
+    batches = [{"pixel_values": torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))}]
+    for run in (
+        lambda: diagnose(model, batches=batches, show_progress=False),
+        lambda: plan_depth(model, 1, batches=batches),
+        lambda: prune(model, 0.5, "magnitude"),
+    ):
+        with pytest.raises(ValueError, match=rf"^model: .*, got 4 stages: {outer}\.0.*layers_path='{outer}'$"):
+            run()
+    for run in (
+        lambda: score_layers(model, method="angular", batches=batches, layers_path=outer),
+        lambda: diagnose(model, batches=batches, show_progress=False, layers_path=outer),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^layers: expected layers that return hidden states of the shape that the"
+        ):
+            run()
+    report = prune(model, 0.5, "wanda", batches=batches, layers_path=outer)
+    assert report.results["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_quantized_stages_are_loaded_again(tmp_path):
+    sizes = {**WINDOWS, "image_size": 64, "embed_dim": 64}
+    model = AutoModelForImageClassification.from_config(CONFIG_MAPPING["swin"](**sizes)).eval()
+    quantize(model, OwlBnbConfig(bits=4), layers_path="swin.encoder.layers")
+    batch = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, batch), outputs(model, batch))
 
 
 def test_the_only_list_of_a_model_that_runs_its_layers_several_times():

@@ -26,7 +26,7 @@ from hf_cod.layers.running import (
     progress,
 )
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.streams import states_around
+from hf_cod.layers.streams import check_states, states_around
 from hf_cod.layers.task import model_inputs
 
 # With token "all", pair matrices of this number of tokens are in memory at a time, (L + 1)^2 numbers each.
@@ -181,11 +181,7 @@ class ForwardRecorder:
                 one_vector(state.detach(), self._samples, self._tokens, self._square)
                 for state in states_around(module, args, kwargs, output)
             )
-            if x.dim() != 3 or len(x) != self._samples:
-                raise ValueError(
-                    f"model: expected hidden states (samples, tokens, width) of {self._samples} samples, "
-                    f"got {tuple(x.shape)}"
-                )
+            check_states(self.stack, index, x, y, self._samples)
             run = self._calls[index]
             if not self._calls:
                 self._find_padding(x, kwargs)

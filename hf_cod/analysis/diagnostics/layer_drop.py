@@ -17,7 +17,7 @@ from hf_cod.io.display import one_line
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent, runs_several_times
+from hf_cod.layers.independence import check_independent, reads_several_states, runs_several_times
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import State, check_finite, layer_states, passed_over, returned_beside, running_only
 from hf_cod.layers.removal.drop import skip
@@ -44,7 +44,7 @@ def measure_layer_drop(
     the head. The result is exact, since the layers before do not change.
 
     A layer that runs several times in a forward pass is removed from each of its runs. Then the whole model runs for
-    each removal.
+    each removal, as it does if the model reads the states of several layers (LLaVA those of its vision tower).
 
     Args:
         model: a transformers model, wrapped or not.
@@ -65,7 +65,8 @@ def measure_layer_drop(
     check_inputs(stack.model, batches)
     check_independent(stack, "layer_drop", batches)
     journal = Journal(None, "") if journal is None else journal
-    measure = _measure_loops if runs_several_times(stack, batches) else _measure_batch
+    whole = reads_several_states(stack, batches)
+    measure = _measure_loops if runs_several_times(stack, batches) else partial(_measure_batch, whole)
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
     with torch.no_grad(), evaluation_mode(stack), bar:
@@ -79,8 +80,11 @@ def measure_layer_drop(
     return values[0], values[1:]
 
 
-def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
-    """Runs the intact model, then each removal that the journal lacks, from the hidden states of the intact model."""
+def _measure_batch(
+    whole: bool, stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any
+) -> None:
+    """Runs the intact model, then each removal that the journal lacks, from the hidden states of the intact model, or
+    the whole model."""
     with layer_states(stack) as states:
         intact, read = run_for_metric(stack, metric, batch)
     check_finite(states, number)
@@ -90,7 +94,7 @@ def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metr
     bar.update()
     for layer in range(len(stack)):
         if _key(number, layer) not in journal:
-            with _without(stack, layer, states[layer]):
+            with _without(stack, layer, states[layer], whole):
                 outputs, read = run_for_metric(stack, metric, batch)
             _record(journal, metric, number, layer, outputs, read, reference)
         states[layer] = None
@@ -107,16 +111,18 @@ def _measure_loops(stack: DecoderLayers, number: int, batch: Batch, metric: Metr
     bar.update()
     for layer in range(len(stack)):
         if _key(number, layer) not in journal:
-            with passed_over(stack, layer, rests.get(layer)):
+            with passed_over(stack, {layer: rests.get(layer)}):
                 outputs, read = run_for_metric(stack, metric, batch)
             _record(journal, metric, number, layer, outputs, read, reference)
         bar.update()
 
 
-def _without(stack: DecoderLayers, layer: int, before: State) -> AbstractContextManager[Any]:
-    """Within the block the model runs without a layer, from the state before it."""
+def _without(stack: DecoderLayers, layer: int, before: State, whole: bool) -> AbstractContextManager[Any]:
+    """Within the block the model runs without a layer, from the state before it or as a whole."""
     if layer == 0 and before[1] is not None:
         return skip(stack.model, 0, stack.layers_path)
+    if whole:
+        return passed_over(stack, {layer: before[1]})
     return running_only(stack, range(layer + 1, len(stack)), before)
 
 

@@ -13,7 +13,7 @@ from hf_cod.analysis.evaluation.outputs import run_for_metric
 from hf_cod.functional.linear_map import MapSums
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent
+from hf_cod.layers.independence import check_independent, check_last_state
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import State, check_finite, layer_states, running_only
 from hf_cod.layers.running import evaluation_mode, progress
@@ -62,6 +62,7 @@ def measure_usefulness(
     for part in (fitting, batches):
         check_inputs(stack.model, part)
     check_independent(stack, "usefulness", batches)
+    check_last_state(stack, "usefulness", batches)
     device = execution_device(stack.model)
     with evaluation_mode(stack):
         maps = _fitted(stack, [to_device(batch, device) for batch in fitting], show_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric, check_loss
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
 from hf_cod.compression.depth.maps import Maps
-from hf_cod.compression.depth.protection import massive_layers, removable
+from hf_cod.compression.depth.protection import protected_layers, unremovable
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.compression.depth.search import LayerSearch
 from hf_cod.compression.depth.settings import DepthFields, DepthSettings
@@ -34,9 +35,12 @@ from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_calls import check_runs
 from hf_cod.layers.removal.drop import check_drop
+from hf_cod.layers.removal.refusals import why_refused
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
+
+logger = logging.getLogger(__name__)
 
 # Share of the samples that the search does not use, and on which its candidates are compared.
 CHOICE_SHARE = 1 / 3
@@ -68,7 +72,8 @@ def plan_depth(
     | block_influence | the layers of least 1 - E[cos(x^l, x^(l+1))] (ShortGPT, arXiv 2403.03853) | this measure |
     | angular | the n consecutive layers of least d(x^l, x^(l+n)) (Gromov et al., arXiv 2403.17887) | the same, at l |
 
-    Losses are nats a token for language models, else those of the task's own metric (`find_metric`).
+    Losses are nats a token for language models, else those of the task's own metric (`find_metric`). Layers that `drop`
+    refuses are neither measured nor removed; a warning names them.
 
     The search measures on the first two thirds of the samples. Its exchanges start from the best of the greedy choice
     and the choices of the other criteria. As a search on few tokens overfits to them, all candidates (the results of
@@ -110,10 +115,11 @@ def plan_depth(
     check_independent(stack, "layers", batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     check_runs(stack, forward.runs)
-    protected = _protected(stack, how.protect, forward)
+    protected = protected_layers(stack, how.protect, forward)
     journals = Journals(journal, stack.model, batches)
-    free = removable(stack, n_removed, protected)
-    request = _Request(stack, n_removed, free, batches, forward, journals, how, show_progress)
+    refused = unremovable(stack, n_removed, protected)
+    free = [i for i in range(len(stack)) if i not in {*protected, *refused}]
+    request = _Request(stack, n_removed, free, refused, batches, forward, journals, how, show_progress)
     found = CRITERIA[how.criterion](request)
     check_drop(model, found.layers, layers_path)
     metric = request.metric.name
@@ -138,6 +144,7 @@ class _Request:
     stack: DecoderLayers
     count: int
     free: list[int]
+    refused: list[int]
     batches: Sequence[Batch]
     forward: ForwardMeasures
     journals: Journals
@@ -184,18 +191,17 @@ def _angular(request: _Request) -> _Found:
     n = request.count
     distances = request.forward.angular_distance()[:, n - 1].tolist()
     costs = [None if math.isnan(distance) else distance for distance in distances]
-    starts = {
-        cost: start
+    blocks = {
+        cost: [*range(start, start + n)]
         for start, cost in reversed([*enumerate(costs)])
         if cost is not None and all(i in request.free for i in range(start, start + n))
     }
-    if not starts:
+    if not blocks:
         raise ValueError(
             f"n_removed: expected at most the longest run of unprotected layers, got {n}; protect=False removes the "
             "protection, and other criteria do not require consecutive layers"
         )
-    start = starts[min(starts)]
-    return _Found([*range(start, start + n)], costs)
+    return _Found(_first_removable(request, (blocks[cost] for cost in sorted(blocks))), costs)
 
 
 def _search(request: _Request) -> _Found:
@@ -232,10 +238,8 @@ def _losses_with_maps(
     request: _Request, candidates: Sequence[list[int]], seen: Sequence[Batch], unseen: Sequence[Batch]
 ) -> list[tuple[float, int]]:
     """For each candidate, the loss with its layers replaced by maps, and the number of maps; maps are then undone."""
-    stack, journal = (
-        request.stack,
-        request.journals.of("losses with maps", request.settings.replacement, request.stack.layers_path),
-    )
+    stack = request.stack
+    journal = request.journals.of("losses with maps", request.settings.replacement, stack.layers_path)
     for layers in progress(candidates, "choice with maps", request.show_progress):
         if journal.is_sound(str(layers), partial(_check_loss, metric=request.metric, most_maps=len(layers))):
             continue
@@ -258,23 +262,32 @@ def _check_loss(value: Any, metric: Metric, most_maps: int) -> None:
 
 def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[float | None]) -> _Found:
     """The candidate with the least loss on samples that the search did not use, of those that can be dropped."""
-    candidates = {name: found["layers"] for name, found in told.items() if name != "intact"}
-    refused: ValueError | None = None
     # Of candidates with equal losses the last one: exchanges come before their start.
-    for name in sorted(reversed(candidates), key=lambda name: told[name]["loss"]):
-        try:
-            check_drop(request.stack.model, candidates[name], request.stack.layers_path)
-            return _Found(candidates[name], costs, told)
-        except ValueError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
+    ordered = sorted(reversed([*told]), key=lambda name: told[name]["loss"])
+    layers = _first_removable(request, (told[name]["layers"] for name in ordered if name != "intact"))
+    return _Found(layers, costs, told)
+
+
+def _first_removable(request: _Request, ordered: Iterable[list[int]]) -> list[int]:
+    """The first of these sets of layers that `drop` can remove; a warning names each one before it."""
+    refused: dict[tuple[int, ...], str] = {}
+    for layers in ordered:
+        if tuple(layers) in refused:
+            continue
+        why = why_refused(request.stack, layers)
+        if why is None:
+            return layers
+        logger.warning("layers %s are not removed together: %s", ", ".join(map(str, layers)), why)
+        refused[tuple(layers)] = why
+    raise ValueError(next(iter(refused.values())))
 
 
 def _single_costs(request: _Request, probe: RemovalProbe) -> list[float | None]:
-    """The increase of the loss by the removal of each single layer."""
-    intact, *without = probe.losses([(), *((i,) for i in range(len(request.stack)))], "single layers")
-    return [loss - intact for loss in without]
+    """The increase of the loss by the removal of each single layer; None for those that cannot be removed."""
+    measured = [i for i in range(len(request.stack)) if i not in request.refused]
+    intact, *without = probe.losses([(), *((i,) for i in measured)], "single layers")
+    costs = {i: loss - intact for i, loss in zip(measured, without, strict=True)}
+    return [costs.get(i) for i in range(len(request.stack))]
 
 
 # Criterion -> its function; `settings.CRITERIA` describes each.
@@ -284,13 +297,3 @@ CRITERIA: dict[str, Callable[[_Request], _Found]] = {
     "block_influence": _block_influence,
     "angular": _angular,
 }
-
-
-def _protected(stack: DecoderLayers, protect: bool | int | Iterable[int], forward: ForwardMeasures) -> list[int]:
-    if isinstance(protect, bool):
-        return massive_layers(forward) if protect else []
-    found = [protect] if isinstance(protect, int) else sorted(set(protect))
-    wrong = [i for i in found if not 0 <= i < len(stack)]
-    if wrong:
-        raise ValueError(f"protect: expected True, False or indices from 0 to {len(stack) - 1}, got {wrong}")
-    return found

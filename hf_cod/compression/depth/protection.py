@@ -1,12 +1,14 @@
-"""Protection of layers in which massive activations arise: all later layers rely on these activations."""
+"""Layers that are not removed: those in which massive activations arise, on which all later layers rely, and those that
+`drop` refuses."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
 from hf_cod.compression.depth.depth_plan import check_count
-from hf_cod.layers.removal.drop import skip
+from hf_cod.layers.removal.refusals import refused_layers
 from hf_cod.layers.stack import DecoderLayers
 
 logger = logging.getLogger(__name__)
@@ -31,12 +33,27 @@ def massive_layers(measures: ForwardMeasures) -> list[int]:
     return [i for i in range(len(largest) - 1) if float(largest[i + 1]) >= JUMP * float(largest[i])]
 
 
-def removable(stack: DecoderLayers, n_removed: int, protected: list[int]) -> list[int]:
-    """The layers that a criterion may remove: those that are not protected, and at which the model does nothing by
-    their index. A warning names the others.
+def protected_layers(stack: DecoderLayers, protect: bool | int | Iterable[int], measures: ForwardMeasures) -> list[int]:
+    """The layers that `DepthSettings.protect` means.
 
     Raises:
-        ValueError: there are fewer than `n_removed`, or `n_removed` is out of range.
+        ValueError: an index that does not exist.
+    """
+    if isinstance(protect, bool):
+        return massive_layers(measures) if protect else []
+    found = [protect] if isinstance(protect, int) else sorted(set(protect))
+    wrong = [i for i in found if not 0 <= i < len(stack)]
+    if wrong:
+        raise ValueError(f"protect: expected True, False or indices from 0 to {len(stack) - 1}, got {wrong}")
+    return found
+
+
+def unremovable(stack: DecoderLayers, n_removed: int, protected: list[int]) -> list[int]:
+    """The layers that no criterion may remove because `drop` refuses it, the protected ones aside. A warning names
+    them, and why.
+
+    Raises:
+        ValueError: fewer than `n_removed` layers are left, or `n_removed` is out of range.
     """
     check_count(n_removed, len(stack), "n_removed")
     free = [i for i in range(len(stack)) if i not in protected]
@@ -45,32 +62,15 @@ def removable(stack: DecoderLayers, n_removed: int, protected: list[int]) -> lis
             f"n_removed: expected at most {len(free)} of {len(stack)} layers without the protected ones "
             f"({', '.join(map(str, protected))}), got {n_removed}; protect=False removes the protection"
         )
-    refused = _refused(stack, free)
-    if refused:
-        why = refused[min(refused)]
-        logger.warning("layers %s are not removed: %s", ", ".join(map(str, refused)), why)
-        free = [i for i in free if i not in refused]
-        if n_removed > len(free):
-            raise ValueError(
-                f"n_removed: expected at most {len(free)} layers that can be removed, got {n_removed}; {why}"
-            )
-    return free
-
-
-def _refused(stack: DecoderLayers, layers: list[int]) -> dict[int, str]:
-    """Layer -> why `skip` refuses to remove it; empty if it refuses all of them, which may depend on their number.
-
-    Without layer 0 all others move: if it can be removed, no layer has something by its index.
-    """
-    if _why_refused(stack, 0) is None:
-        return {}
-    found = {i: why for i in layers if (why := _why_refused(stack, i)) is not None}
-    return found if len(found) < len(layers) else {}
-
-
-def _why_refused(stack: DecoderLayers, layer: int) -> str | None:
-    try:
-        with skip(stack.model, layer, stack.layers_path):
-            return None
-    except ValueError as error:
-        return str(error)
+    refused = refused_layers(stack, free, n_removed)
+    if not refused:
+        return []
+    why = refused[min(refused)]
+    if len(refused) == len(free):
+        raise ValueError(why)
+    logger.warning("layers %s are not removed: %s", ", ".join(map(str, refused)), why)
+    if n_removed > len(free) - len(refused):
+        raise ValueError(
+            f"n_removed: expected at most {len(free) - len(refused)} layers that can be removed, got {n_removed}; {why}"
+        )
+    return sorted(refused)

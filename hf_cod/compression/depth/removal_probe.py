@@ -14,8 +14,8 @@ from hf_cod.analysis.evaluation.outputs import run_for_metric
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent
-from hf_cod.layers.partial_forward import layer_states, run_layer, running_only
+from hf_cod.layers.independence import check_independent, reads_several_states
+from hf_cod.layers.partial_forward import layer_states, passed_over, run_layer, running_only
 from hf_cod.layers.removal.drop import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -29,7 +29,8 @@ class RemovalProbe:
     """Measures the losses after removals, all on the same batches.
 
     Removals share the hidden states up to the first layer in which they differ, which are computed once. Memory holds
-    one hidden state for each layer at which removals branch.
+    one hidden state for each layer at which removals branch. If the model reads the states of several layers, the whole
+    model runs for each removal.
 
     Args:
         stack: the layers.
@@ -52,6 +53,7 @@ class RemovalProbe:
     ) -> None:
         check_independent(stack, "layers", batches)
         self._stack, self._metric, self._batches, self._show = stack, metric, batches, show_progress
+        self._whole = reads_several_states(stack, batches)
         self._journal = Journal(None, "") if journal is None else journal
         self._device = execution_device(stack.model)
 
@@ -87,6 +89,9 @@ class RemovalProbe:
         if states[0][1] is not None:
             yield from self._without_first(batch, [removed for removed in removals if 0 in removed])
             removals = [removed for removed in removals if 0 not in removed]
+        if self._whole:
+            yield from self._by_whole_runs(batch, removals)
+            return
         waiting: list[tuple[int, Any, list[Removed]]] = [(0, states[0], removals)] if removals else []
         del states
         while waiting:
@@ -107,6 +112,15 @@ class RemovalProbe:
         """For layers that return more than their hidden state, of which the model determines the first."""
         for removed in removals:
             with skip(self._stack.model, removed, self._stack.layers_path):
+                yield removed, run_for_metric(self._stack, self._metric, batch)
+
+    def _by_whole_runs(self, batch: Batch, removals: list[Removed]) -> Iterator[tuple[Removed, tuple[Any, Batch]]]:
+        with layer_states(self._stack) as states:
+            self._stack.trunk(**model_inputs(batch))
+        beside = [rest for _, rest in states]
+        del states
+        for removed in removals:
+            with passed_over(self._stack, {layer: beside[layer] for layer in removed}):
                 yield removed, run_for_metric(self._stack, self._metric, batch)
 
     def _rows(self, batch: int, removed: Removed) -> list[Any]:

@@ -14,7 +14,7 @@ from hf_cod.analysis.evaluation.outputs import run_for_metric
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent
+from hf_cod.layers.independence import check_independent, reads_several_states
 from hf_cod.layers.partial_forward import State, running_only
 from hf_cod.layers.removal.repeat import repeated
 from hf_cod.layers.running import evaluation_mode, progress
@@ -56,6 +56,7 @@ class RepeatProbe:
         check_independent(stack, "layers", batches)
         self._stack, self._metric, self._times, self._batches = stack, metric, times, batches
         self._journal, self._show = Journal(None, "") if journal is None else journal, show_progress
+        self._whole = reads_several_states(stack, batches)
         self._device = execution_device(stack.model)
 
     @torch.no_grad()
@@ -82,14 +83,15 @@ class RepeatProbe:
     def _outputs(self, batch: Batch, blocks: Iterable[Block]) -> Iterator[tuple[Block, tuple[Any, Batch]]]:
         """Yields (block, what `run_for_metric` returns with it repeated), by the ends of the blocks.
 
-        A block that starts at the first layer, which the model runs on its embeddings alone, runs in the whole model.
+        A block that starts at the first layer, which the model runs on its embeddings alone, runs in the whole model,
+        as all blocks do if the model reads the states of several layers.
         """
         stack, inputs, state, done = self._stack, model_inputs(batch), None, 0
         for start, end in sorted(blocks, key=lambda block: block[::-1]):
             if (start, end) == INTACT:
                 yield INTACT, run_for_metric(stack, self._metric, batch)
                 continue
-            if start == 0:
+            if start == 0 or self._whole:
                 with repeated(stack.model, start, end, self._times, stack.layers_path):
                     yield (start, end), run_for_metric(stack, self._metric, batch)
                 continue

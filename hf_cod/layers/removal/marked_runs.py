@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from hf_cod.layers.devices import check_in_memory, execution_device, random_stat
 from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.partial_forward import Passage, exchanged_layers, state_of
 from hf_cod.layers.probe_inputs import image_inputs, probe_inputs
-from hf_cod.layers.running import evaluation_mode, hidden_input
+from hf_cod.layers.running import Place, evaluation_mode, hidden_input, tensors_of
 from hf_cod.layers.stack import DecoderLayers
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 # Relative to the largest value. Products with fewer rows may be rounded otherwise, also in half precision; another
 # layer has another mark altogether.
 TOLERANCE = 0.03
-Place = tuple[Any, ...]
+# Models that a warning has named, because many sets of layers are tried before a search.
+_named: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class MarkedRuns:
             except Exception as error:  # whatever a model raises on inputs that may be none for it
                 self._before.append(None)
                 why = f": {type(error).__name__}: {one_line(str(error))[:150]}"
-        if not self.ran:
+        if not self.ran and self.stack.model not in _named:
+            _named.add(self.stack.model)
             logger.warning(
                 "%s was not run to find out what it does at a layer by its index, because its layers do not run on a "
                 "small input that its config describes%s",
@@ -173,7 +176,7 @@ class MarkedRuns:
             for handle in handles:
                 handle.remove()
         by_layer = (len(layers), len(layers) + 1)
-        return _Run(given, {place: t.cpu() for place, t in _tensors(output, by_layer=by_layer)}, channels)
+        return _Run(given, {place: t.cpu() for place, t in tensors_of(output, by_layer=by_layer)}, channels)
 
 
 class _Marking(Passage):
@@ -200,7 +203,7 @@ class _Marking(Passage):
 
 def _recorder(given: dict[Place, Tensor], copies: dict[int, tuple[Tensor, Tensor]]) -> Callable[..., None]:
     def record(hidden: Tensor, args: Any, kwargs: Any) -> None:
-        for place, tensor in _tensors((args, kwargs)):
+        for place, tensor in tensors_of((args, kwargs)):
             # Masks are the same tensor for all layers; the model may change the hidden state in place.
             same = copies.setdefault(id(tensor), (tensor, tensor.cpu()))[1]
             given[place] = hidden.cpu().clone() if tensor is hidden else same
@@ -210,18 +213,6 @@ def _recorder(given: dict[Place, Tensor], copies: dict[int, tuple[Tensor, Tensor
 
 def _measure(name: str, channels: dict[str, int]) -> Callable[..., None]:
     return lambda module, args, output: channels.update({name: output.shape[-1]})
-
-
-def _tensors(value: Any, at: Place = (), by_layer: tuple[int, ...] = ()) -> Iterator[tuple[Place, Tensor]]:
-    """Place -> tensor inside of tuples, lists and dicts; lists of one entry for each layer are left out."""
-    if isinstance(value, Tensor):
-        yield at, value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _tensors(each, (*at, key), by_layer)
-    elif isinstance(value, (tuple, list)) and len(value) not in by_layer:
-        for key, each in enumerate(value):
-            yield from _tensors(each, (*at, key), by_layer)
 
 
 def _difference(before: _Run, now: _Run, kept: Sequence[int]) -> str | None:
