@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from hf_cod.training.owlore.bank_increment import BankIncrement
 from hf_cod.training.owlore.increment import Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.sampling import LayerSampler
@@ -116,8 +117,11 @@ def make_gradients(model: nn.Module) -> None:
     """Accumulates a gradient in each trainable parameter, as a backward pass does; OwLore adapters get their bases."""
     for module in model.modules():
         if isinstance(module, Increment) and module.searching:
-            (m, n), like = (module.B.shape[0], module.A.shape[1]), module.N
-            module.project_first(like.new_zeros(1, m), like.new_zeros(1, n))
+            (m, n), like = (module.B.shape[-2], module.A.shape[-1]), module.N
+            if isinstance(module, BankIncrement):
+                module.project_first(like.new_zeros(*module.experts, m, n))
+            else:
+                module.project_first(like.new_zeros(1, m), like.new_zeros(1, n))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.backward(torch.zeros_like(parameter))
