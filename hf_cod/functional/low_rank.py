@@ -82,22 +82,22 @@ def truncate(B: Tensor, A: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
     gets S^(1/2), so that both have equal norms.
 
     Args:
-        B: (m, k).
-        A: (k, n).
+        B: (..., m, k).
+        A: (..., k, n).
         R: at least 0; if k <= R, B and A are returned unchanged.
 
     Returns:
-        (m, R), (R, n) in the dtypes of B and A, and the lost energy: the sum of S^2 beyond R.
+        (..., m, R), (..., R, n) in the dtypes of B and A, and the lost energy: the sum of S^2 beyond R.
     """
-    if B.shape[1] <= R:
+    if B.shape[-1] <= R:
         return B, A, 0.0
     precise = torch.promote_types(B.dtype, torch.float32)
     Q_B, R_B = torch.linalg.qr(B.to(precise))
     Q_A, R_A = torch.linalg.qr(A.mT.to(precise))
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    root = S[:R].sqrt()
-    left, right = Q_B @ (U[:, :R] * root), (root[:, None] * Vh[:R]) @ Q_A.mT
-    return left.to(B.dtype), right.to(A.dtype), float(S[R:].square().sum())
+    root = S[..., :R].sqrt()
+    left, right = Q_B @ (U[..., :R] * root[..., None, :]), (root[..., None] * Vh[..., :R, :]) @ Q_A.mT
+    return left.to(B.dtype), right.to(A.dtype), float(S[..., R:].square().sum())
 
 
 def is_tall(G: Tensor) -> bool:

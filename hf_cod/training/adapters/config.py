@@ -30,7 +30,8 @@ class OwLoreConfig(PeftConfig):
     Each matrix W gets the increment D = B A + lift(N, P) (`Increment`). While a layer trains, N is trained in the fixed
     basis P of its gradient. When layers are sampled again, lift(N, P) is folded into B A, whose rank is at most
     `max_rank`: the smallest singular values beyond it are cut off, and `model.lost_energy()` reports their share. W is
-    not written, so it may be quantized. Weight decay applies to N only.
+    not written, so it may be quantized. In a bank of experts each expert has an increment of its own. Weight decay
+    applies to N only.
 
     PEFT can load such an adapter in any process after `import hf_cod`.
 
@@ -49,7 +50,13 @@ class OwLoreConfig(PeftConfig):
     )
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "names of matrices, as in LoRA; None: all matrices of the layers, except banks of experts"},
+        metadata={
+            "help": "names of matrices, as in LoRA; None: all matrices of the layers; none with target_parameters"
+        },
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "names of banks of experts, as in LoRA; None: all if target_modules is None, else none"},
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names of matrices to exclude"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layers; None: all"})
@@ -70,7 +77,7 @@ class OwLoreConfig(PeftConfig):
         self.peft_type = peft_type()
         check_least(self, r=1, max_rank=1)
         check_value(self.held, dict[str, tuple[int, int]], "held", limits(least=0))
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             names: Any = getattr(self, name)
             setattr(self, name, set(names) if isinstance(names, list) else names)
 

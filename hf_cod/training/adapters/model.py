@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
@@ -14,18 +18,22 @@ from torch import Tensor, nn
 from hf_cod.io.peft_names import is_misread
 from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
+from hf_cod.layers.adaptable_banks import why_not_adaptable
 from hf_cod.layers.direct_use import not_adaptable
+from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
+from hf_cod.training.adapters.bank import OwLoreBank
+from hf_cod.training.adapters.export import WRAPPER, save_lora
 from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.active_layers import warn_of_untrained
 from hf_cod.training.owlore.increment import TENSORS, Increment
 
 logger = logging.getLogger(__name__)
 
-_WRAPPER = "base_model.model."  # prefix of module names inside a PeftModel
+_PLACE = "owlore_increment"  # what holds the increments in a module
 
 
 class OwLoreModel(BaseTuner):
@@ -44,18 +52,40 @@ class OwLoreModel(BaseTuner):
         Raises:
             ValueError: no adapter of that name.
         """
+        asked = self._asked(adapter_name)
+        return {name: increment.lost_energy() for name, _, increment in increments(self.model, asked)}
+
+    def save_as_lora(self, directory: str | Path, rank: int | None = None, adapter_name: str | None = None) -> int:
+        """Writes an adapter as LoRA, which PEFT loads without this package. Banks of experts are `target_parameters`.
+
+        Args:
+            directory: for `adapter_config.json` and `adapter_model.safetensors`.
+            rank: of the products; a lower one than that of an increment cuts off its smallest singular values. None:
+                the lowest one that is exact, at most `max_rank` + `r`.
+            adapter_name: an adapter; None: the first active one.
+
+        Returns:
+            The rank.
+
+        Raises:
+            ValueError: no adapter of that name, a rank below 1, or packed matrices whose names PEFT misreads.
+        """
+        asked = self._asked(adapter_name)
+        return save_lora(self.model, self.peft_config[asked], asked, directory, rank)
+
+    def _asked(self, adapter_name: str | None) -> str:
         asked = self.active_adapters[0] if adapter_name is None else adapter_name
         if asked not in self.peft_config:
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {asked!r}")
-        return {name: increment.lost_energy() for name, increment in _increments(self.model, asked)}
+        return asked
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: Any, config: Any, adapter_name: str, **rest: Any
     ) -> dict[str, Tensor]:
         """As PEFT's method; also stores the shapes in the config, which is saved next, for loaders that check them."""
-        held = {name: (m.P.shape[1], len(m.A)) for name, m in _increments(model, adapter_name)}
-        config.held = {name.removeprefix(_WRAPPER): ranks for name, ranks in held.items() if any(ranks)}
+        held = {name: (m.P.shape[-1], m.learnt) for name, _, m in increments(model, adapter_name)}
+        config.held = {name.removeprefix(WRAPPER): ranks for name, ranks in held.items() if any(ranks)}
         return super()._get_adapter_state_dict(model, config, adapter_name, **rest)
 
     @classmethod
@@ -70,16 +100,15 @@ class OwLoreModel(BaseTuner):
             ValueError: tensors are missing, unknown, not finite, or no floating-point numbers.
         """
         keys = {}
-        for name, _ in _increments(model, adapter_name):
+        for _, place, _ in increments(model, adapter_name):
             for tensor in TENSORS:
-                key = f"{name.removeprefix(_WRAPPER)}.owlore_increment.{tensor}"
-                keys[key] = keys[_WRAPPER + key] = f"{name}.owlore_increment.{adapter_name}.{tensor}"
+                key = f"{place.removeprefix(WRAPPER)}.{tensor}".replace(f".{_PLACE}.{adapter_name}.", f".{_PLACE}.")
+                keys[key] = keys[WRAPPER + key] = f"{place}.{tensor}"
         found = {keys.get(key, key): value for key, value in state_dict.items()}
         _check_known(model, {*keys.values()}, found)
-        for name, _ in _increments(model, adapter_name):
-            place = f"{name}.owlore_increment.{adapter_name}."
-            saved = {tensor: found[place + tensor] for tensor in TENSORS if place + tensor in found}
-            _check_saved(name.removeprefix(_WRAPPER), saved, config.held)
+        for name, place, _ in increments(model, adapter_name):
+            saved = {tensor: found[f"{place}.{tensor}"] for tensor in TENSORS if f"{place}.{tensor}" in found}
+            _check_saved(name.removeprefix(WRAPPER), saved, config.held)
         return found
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
@@ -92,18 +121,23 @@ class OwLoreModel(BaseTuner):
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
         self._excluded = not_adaptable(stack)
         found = {name: module for name, module in found.items() if name not in self._excluded}
-        if not found:
+        banks = _banks(stack)
+        if not found and not banks:
             told = f": {next(iter(self._excluded.values()))}" if self._excluded else ""
             raise ValueError(
                 f"target_modules: expected matrices in the layers that adapters can be added to, got none{told}"
             )
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and peft_config.target_parameters is None:
             for name, reason in self._excluded.items():
                 logger.warning("%s gets no adapter: %s", name, reason)
             peft_config.target_modules = set(found)  # PEFT shortens the names to unique suffixes
+            chosen = [matrix for name, matrix in banks.items() if not self._is_excluded(peft_config, name)]
+            peft_config.target_parameters = {matrix.name for matrix in chosen} or None
             inside = {id(p) for module in found.values() for p in module.parameters()}
+            inside.update(id(matrix.parameter) for matrix in chosen)
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
-        width = max(min(shape_of(module)) for module in found.values())
+        shapes = [*map(shape_of, found.values()), *(matrix.shape for matrix in banks.values())]
+        width = max(min(shape) for shape in shapes)
         if isinstance(peft_config.r, Default):
             if peft_config.r > width:
                 logger.warning(
@@ -133,15 +167,49 @@ class OwLoreModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, OwLoreLinear):
-            target.update_layer(adapter_name, peft_config, _held(peft_config, current_key, target))
+            target.update_layer(adapter_name, peft_config, _held(peft_config, current_key, shape_of(target)))
             return
         self._check_target(target, current_key)
-        held = _held(peft_config, current_key, target)
+        held = _held(peft_config, current_key, shape_of(target))
         new = OwLoreLinear(target, adapter_name, peft_config, held, **get_quantization_kwargs(self))
         new.misread = is_misread(self.model, target_name)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
+
+    @staticmethod
+    def _is_excluded(config: Any, name: str) -> bool:
+        names = config.exclude_modules
+        if isinstance(names, str):
+            return re.fullmatch(names, name) is not None
+        return any(f".{name}".endswith(f".{each}") for each in names or ())
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Replaces PEFT's method: one module holds the increments of all banks of a module.
+
+        Raises:
+            ValueError: a name that is of no bank that adapters can be added to.
+        """
+        banks, asked = _banks(find_decoder_layers(self.model)), peft_config.target_parameters
+        found = {name: m for name, m in banks.items() if any(f".{name}".endswith(f".{each}") for each in asked)}
+        unknown = [each for each in asked if not any(f".{name}".endswith(f".{each}") for name in found)]
+        if unknown:
+            raise ValueError(f"target_parameters: expected banks of experts of the layers, got {sorted(unknown)[0]}")
+        for bank in dict.fromkeys(matrix.bank for matrix in found.values()):
+            matrices = {m.key: m for name, m in banks.items() if m.bank == bank}
+            held = {m.key: _held(peft_config, name, m.shape) for name, m in found.items() if m.bank == bank}
+            target: Any = model.get_submodule(bank)
+            if not isinstance(target, OwLoreBank):
+                parent, _, last = bank.rpartition(".")
+                target = OwLoreBank(target, matrices)
+                setattr(model.get_submodule(parent), last, target)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                target.update_layer(adapter_name, peft_config, held)
+            if adapter_name not in self.active_adapters:
+                target.owlore_increment[adapter_name].requires_grad_(False)
+        return [*found]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replaces PEFT's method, which reads the base's weight; the new module is on its base's device already."""
@@ -158,14 +226,24 @@ class OwLoreModel(BaseTuner):
             raise ValueError(f"target_modules: expected other matrices than {name}: {self._excluded[name]}")
 
 
-def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:
+def _banks(stack: DecoderLayers) -> dict[str, ExpertMatrix]:
+    """The matrices of banks that adapters can be added to, by name."""
+    return {
+        matrix.name: matrix
+        for index in range(len(stack))
+        for matrix in stack.expert_matrices(index)
+        if why_not_adaptable(matrix) is None
+    }
+
+
+def _held(config: Any, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Columns of P and of B in the saved adapter, checked before they are allocated.
 
     Raises:
         ValueError: more than a matrix of this shape can have.
     """
     P, B = config.held.get(name, (0, 0))
-    most = min(shape_of(target))
+    most = min(shape)
     if max(P, B) > most:
         raise ValueError(f"held: expected at most {most} columns, the width of {name}, got {max(P, B)}")
     return P, B
@@ -173,9 +251,9 @@ def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:
 
 def _check_known(model: nn.Module, own: set[str], found: dict[str, Tensor]) -> None:
     """Raises ValueError for a tensor that is neither of an increment nor of a module of the model."""
-    known = {name.replace("_fsdp_wrapped_module.", "").removeprefix(_WRAPPER) for name in model.state_dict()}
+    known = {name.replace("_fsdp_wrapped_module.", "").removeprefix(WRAPPER) for name in model.state_dict()}
     for key in found:
-        if key not in own and key.replace("_fsdp_wrapped_module.", "").removeprefix(_WRAPPER) not in known:
+        if key not in own and key.replace("_fsdp_wrapped_module.", "").removeprefix(WRAPPER) not in known:
             raise ValueError(f"adapter: expected tensors of this model's adapter, got {brief(key)}")
 
 
@@ -205,8 +283,12 @@ def _check_saved(name: str, saved: dict[str, Tensor], held: dict[str, tuple[int,
             raise ValueError(f"adapter: expected finite numbers, got NaN or infinity in {key} of {name}")
 
 
-def _increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Increment]]:
-    """Yields (name of the matrix, its increment) for each matrix of the adapter."""
+def increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Increment]]:
+    """Yields (name of the matrix, name of its increment, the increment) for each matrix of the adapter."""
     for name, module in model.named_modules():
+        place = f"{name}.{_PLACE}.{adapter_name}"
         if isinstance(module, OwLoreLinear) and adapter_name in module.owlore_increment:
-            yield name, module.owlore_increment[adapter_name]  # type: ignore[misc]
+            yield name, place, module.owlore_increment[adapter_name]  # type: ignore[misc]
+        elif isinstance(module, OwLoreBank):
+            for key, increment in module.of(adapter_name).items():
+                yield f"{name}.{key}", f"{place}.{key}", increment

@@ -224,9 +224,10 @@ def release(model: nn.Module) -> None:
             "frozen; call release() of that optimizer before you freeze or unfreeze parameters"
         )
     for module in base.modules():
-        for name, increment in getattr(module, "owlore_increment", {}).items():
-            if increment.resting and name in module.active_adapters:
-                increment.release()
+        for name, adapter in getattr(module, "owlore_increment", {}).items():
+            for increment in adapter.modules() if name in module.active_adapters else ():
+                if isinstance(increment, Increment) and increment.resting:
+                    increment.release()
     setattr(base, TRAINS, {})
 
 

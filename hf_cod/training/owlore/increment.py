@@ -37,6 +37,7 @@ class Increment(nn.Module):
         held: numbers of columns of P and of B, allocated so that tensors of these shapes can be loaded.
         device: device of all tensors.
         dtype: dtype of all tensors; kept if the model is converted to a narrower dtype.
+        experts: leading dimensions of all tensors but `lost`; (experts,) in a `BankIncrement`.
     """
 
     P: Tensor
@@ -53,17 +54,19 @@ class Increment(nn.Module):
         held: tuple[int, int] = (0, 0),
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        experts: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
+        self.experts = experts
         self.rank, self.max_rank = rank, min(max_rank, in_features, out_features)
         self.tall = out_features >= in_features
-        self.shape = (out_features, rank) if self.tall else (rank, in_features)
+        self.shape = (*experts, *((out_features, rank) if self.tall else (rank, in_features)))
         basis, learnt = held
         narrow = min(out_features, in_features)
         self.N = nn.Parameter(torch.zeros(self.shape if basis else 0, device=device, dtype=dtype))
-        self.register_buffer("P", torch.zeros(narrow, basis, device=device, dtype=dtype))
-        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=dtype))
-        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=dtype))
+        self.register_buffer("P", torch.zeros(*experts, narrow, basis, device=device, dtype=dtype))
+        self.register_buffer("A", torch.zeros(*experts, learnt, in_features, device=device, dtype=dtype))
+        self.register_buffer("B", torch.zeros(*experts, out_features, learnt, device=device, dtype=dtype))
         self.register_buffer("lost", torch.zeros((), device=device))
         self.counts: tuple[int, ...] | None = None  # seed of the next basis; set by the optimizer that trains this
         self.resting = False  # whether the optimizer currently trains other layers
@@ -72,13 +75,18 @@ class Increment(nn.Module):
     @property
     def has_basis(self) -> bool:
         """Whether P is set, so that N contributes to D."""
-        return self.P.shape[1] > 0
+        return self.P.shape[-1] > 0
+
+    @property
+    def learnt(self) -> int:
+        """Rank of B A."""
+        return self.A.shape[-2]
 
     @torch.no_grad()
     def begin(self, *counts: int) -> None:
         """Starts training N. The next gradient determines its basis, unless a resumed run has one already."""
         if self.has_basis and not bool(self.P.any()):  # allocated for values that were not loaded
-            self.P = self.P[:, :0].clone()
+            self.P = self.P[..., :0].clone()
         self.counts, self.resting, self.searching = counts, False, not self.has_basis
         if self.searching:
             self.N.data = self.N.new_zeros(self.shape)
@@ -103,19 +111,25 @@ class Increment(nn.Module):
         """Moves lift(N, P) into B A; D does not change, except for the part that is added to `lost`."""
         if not self.has_basis:
             return
-        B, A = (self.N, self.P.mT) if self.tall else (self.P, self.N)
-        B, A = torch.cat([self.B, B], 1), torch.cat([self.A, A], 0)
-        self.B, self.A, lost = truncate(B, A, self.max_rank)
+        self.B, self.A, lost = truncate(*self.factors(), self.max_rank)
         self.lost += lost
-        self.P, self.searching = self.P[:, :0].clone(), False
+        self.P, self.searching = self.P[..., :0].clone(), False
         self.N.data = self.N.new_zeros(self.shape)
 
     @torch.no_grad()
     def fill(self) -> None:
         """Pads B A with zeros to its maximum rank, to measure the memory that it takes."""
-        missing = self.max_rank - len(self.A)
-        self.A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])], 0)
-        self.B = torch.cat([self.B, self.B.new_zeros(len(self.B), missing)], 1)
+        missing = self.max_rank - self.learnt
+        self.A = torch.cat([self.A, self.A.new_zeros(*self.experts, missing, self.A.shape[-1])], -2)
+        self.B = torch.cat([self.B, self.B.new_zeros(*self.experts, self.B.shape[-2], missing)], -1)
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(m, k) and (k, n), whose product is D; k is at most `max_rank` + `rank`."""
+        if not self.has_basis:
+            return self.B, self.A
+        B, A = (self.N, self.P.mT) if self.tall else (self.P, self.N)
+        return torch.cat([self.B, B], -1), torch.cat([self.A, A], -2)
 
     def dense(self) -> Tensor:
         """D (m, n)."""
@@ -129,19 +143,22 @@ class Increment(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y + x D^T, of y = x W^T (..., m) and x (..., n), in y's dtype."""
-        if len(self.A):
+        if self.learnt:
             y = y + _product(x, self.A, self.B, y.dtype)
         if self.searching:
             return self._search(y, x) if torch.is_grad_enabled() and self.N.requires_grad else y
         if self.has_basis:
             A, B = (self.P.mT, self.N) if self.tall else (self.N, self.P)
             return y + _product(x, A, B, y.dtype)
+        self._require_optimizer()
+        return y
+
+    def _require_optimizer(self) -> None:
         if self.training and torch.is_grad_enabled() and self.N.requires_grad and self.counts is None:
             raise ValueError(
                 "optimizer: expected OwLoreAdamW, which OwLore adapters require, got another optimizer or none; pass "
                 "optimizer_cls_and_kwargs=owlore(...) to the trainer, or create an OwLoreAdamW for the adapted model"
             )
-        return y
 
     @torch.compiler.disable
     def _search(self, y: Tensor, x: Tensor) -> Tensor:
@@ -187,7 +204,7 @@ class Increment(nn.Module):
         """Saves tensors with elements only: accelerate takes all empty tensors for one shared tensor."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         empty = [] if self.has_basis else ["N", "P"]
-        for name in empty if len(self.A) else [*empty, "A", "B"]:
+        for name in empty if self.learnt else [*empty, "A", "B"]:
             del destination[f"{prefix}{name}"]
 
     def _load_from_state_dict(
@@ -204,7 +221,7 @@ class Increment(nn.Module):
         if f"{prefix}lost" not in state_dict:
             missing_keys.append(f"{prefix}lost")
             return
-        empty = {"N": self.N[:0], "P": self.P[:, :0], "A": self.A[:0], "B": self.B[:, :0]}
+        empty = {"N": self.N[:0], "P": self.P[..., :0], "A": self.A[..., :0, :], "B": self.B[..., :0]}
         found = {name: state_dict.get(f"{prefix}{name}", empty.get(name)).detach() for name in TENSORS}
         self._check(found, prefix)
         device = found["lost"].device if self.N.device.type == "meta" else self.N.device
@@ -235,17 +252,18 @@ class Increment(nn.Module):
                 raise ValueError(
                     f"adapter: expected {name} of another dtype, got {tensor.dtype} ({prefix.rstrip('.')})"
                 )
-        empty = {"N": self.N[:0], "P": self.P[:, :0], "A": self.A[:0], "B": self.B[:, :0]}
+        empty = {"N": self.N[:0], "P": self.P[..., :0], "A": self.A[..., :0, :], "B": self.B[..., :0]}
         self._check({name: saved.get(name, empty.get(name, self.lost)) for name in TENSORS}, prefix)
 
     def _check(self, found: dict[str, Tensor], prefix: str) -> None:
         """Raises ValueError if tensors are of another rank or of another matrix."""
-        rank = found["P"].shape[1]
+        rank = found["P"].shape[-1]
         if rank not in (0, self.rank):
             raise ValueError(f"r: expected {rank} as in the saved adapter, got {self.rank} ({prefix.rstrip('.')})")
-        m, n = self.B.shape[0], self.A.shape[1]
-        k = found["A"].shape[0]
-        shapes = {"N": self.shape, "P": (min(m, n), rank), "A": (k, n), "B": (m, k)}
+        m, n = self.B.shape[-2], self.A.shape[-1]
+        k = found["A"].shape[-2] if found["A"].dim() > 1 else 0
+        inner = {"P": (min(m, n), rank), "A": (k, n), "B": (m, k)}
+        shapes = {"N": self.shape, **{name: (*self.experts, *shape) for name, shape in inner.items()}}
         for name in shapes if rank else ("A", "B"):
             if found[name].shape != shapes[name]:
                 raise ValueError(

@@ -8,21 +8,15 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_cod.io.peft_names import is_misread
+from hf_cod.layers.adaptable_banks import FLOATS, why_not_adaptable
 from hf_cod.layers.direct_use import not_adaptable
-from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.models.expert_parameters import ExpertParameter
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_NO_BANKS = "a bank of experts, to which this method adds none"
-_PACKED = "a bank of packed experts; PEFT adapts parameters of numbers"
-_STACKED = "experts stacked in a parameter of two dimensions, which PEFT would adapt as one matrix"
 _MISREAD = "PEFT reads its name as that of experts, and its weight is no parameter of numbers"
 
 
@@ -80,7 +74,7 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
 
     Args:
         stack: the layers, without adapters.
-        lora: PEFT's LoRA, which requires the peft package; False: OwLore adapters, of which banks of experts get none.
+        lora: PEFT's LoRA, which requires the peft package; False: OwLore adapters, which do not misread names.
 
     Raises:
         ValueError: none is left.
@@ -98,7 +92,7 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         for matrix in stack.expert_matrices(index):
             sizes[matrix.name] = matrix.parameter.numel()
             banks.add(matrix.name)
-            reason = _why_not(matrix) if lora else _NO_BANKS
+            reason = why_not_adaptable(matrix)
             if reason is not None:
                 reasons[matrix.name] = reason
     if not sizes.keys() - reasons.keys():
@@ -113,20 +107,8 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
     )
 
 
-def _why_not(matrix: ExpertMatrix) -> str | None:
-    """The reason why PEFT cannot adapt a matrix of a bank; None if it can."""
-    parameter = matrix.parameter
-    if isinstance(parameter, ExpertParameter):
-        return _PACKED
-    if parameter.dim() != 3:
-        return _STACKED
-    if not _is_float(parameter):
-        return f"a bank of {str(parameter.dtype).removeprefix('torch.')}; PEFT adapts parameters of numbers"
-    return None
-
-
 def _is_float(weight: Any) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype in _FLOATS
+    return type(weight) is nn.Parameter and weight.dtype in FLOATS
 
 
 def _count(matrices: int) -> str:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from hf_cod.io.display import one_line
+from hf_cod.training.owlore.bank_increment import BankIncrement
 from hf_cod.training.owlore.increment import Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.sampling import LayerSampler
@@ -62,8 +63,8 @@ def estimate_memory(
         trust_remote_code: whether a model's own code may run.
 
     Raises:
-        ValueError: the forward pass requires the contents of tensors, such as that of DBRX and JetMoe, which loop over
-            the tokens of each expert in code of their own.
+        ValueError: the forward pass requires the contents of tensors, such as that of DBRX, which loops over the tokens
+            of each expert in code of its own.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -139,8 +140,11 @@ def make_gradients(model: nn.Module) -> None:
     """Accumulates a gradient in each trainable parameter, as a backward pass does; OwLore adapters get their bases."""
     for module in model.modules():
         if isinstance(module, Increment) and module.searching:
-            (m, n), like = (module.B.shape[0], module.A.shape[1]), module.N
-            module.project_first(like.new_zeros(1, m), like.new_zeros(1, n))
+            (m, n), like = (module.B.shape[-2], module.A.shape[-1]), module.N
+            if isinstance(module, BankIncrement):
+                module.project_first(like.new_zeros(*module.experts, m, n))
+            else:
+                module.project_first(like.new_zeros(1, m), like.new_zeros(1, n))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.backward(torch.zeros_like(parameter))

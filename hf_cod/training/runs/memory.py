@@ -84,6 +84,8 @@ class LiveStorages(TorchDispatchMode):
             return 1
         if function is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
             result = _grouped_mm(*args, **(kwargs or {}))
+        elif function is torch.ops.aten.split_with_sizes.default and _is_fake(args[0]):
+            result = function(args[0], _sizes(*args), *args[2:], **(kwargs or {}))
         else:
             result = function(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
@@ -170,6 +172,16 @@ def _grouped_mm(a: Tensor, b: Tensor, *others: Any, **named: Any) -> Tensor:
     """The operation on fake tensors, for which it supports bfloat16 only; on real ones it supports every dtype."""
     product = torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *others, **named)
     return product.to(a.dtype)
+
+
+def _sizes(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> list[int]:
+    """The sizes of the parts of a fake tensor. Sizes that were read from a fake tensor, such as the tokens of each
+    expert (JetMoE), are unknown and have another sum; all parts then have equal sizes, up to 1.
+    """
+    whole, parts = tensor.shape[dim], len(sizes)
+    if sum(sizes) == whole:
+        return [*sizes]
+    return [whole * (part + 1) // parts - whole * part // parts for part in range(parts)]
 
 
 def _is_fake(tensor: Tensor) -> bool:

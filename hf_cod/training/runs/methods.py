@@ -97,8 +97,10 @@ def _owlore_peft(
         raise ValueError(_NO_RANK)
     choice = choose_modules(find_decoder_layers(model), settings)
     heads = list(choice.stack.task_heads) or None  # a classifier may be new: it trains in full
-    targets = [*adapter_targets(choice.stack, lora=False).modules] if choice.given else None
-    config = OwLoreConfig(r=settings.rank, target_modules=targets, modules_to_save=heads)
+    found = adapter_targets(choice.stack, lora=False) if choice.given else None
+    config = OwLoreConfig(r=settings.rank, modules_to_save=heads)
+    if found is not None:
+        config.target_modules, config.target_parameters = [*found.modules], [*found.banks] or None
     wrapped = with_adapters(model, config, settings.seed)
     others = {key: value for key, value in asdict(settings).items() if key not in ("rank", *FIELDS)}
     return wrapped, owlore(scores, lr=lr, **others)
