@@ -120,6 +120,8 @@ BAD = {
     "teacher_layers": ["x", "1"],  # without a hidden_weight
     "max_grad_norm": ["-1", "nan", "inf", "x"],
     "post_layers": ["x"],
+    "lns_exponent": ["x", "1.5", "-1"],
+    "search_passes": COUNT,
     "diagnose output": ["text.txt"],  # these two keep what is there
     "score output": ["text.txt"],
     **{f"{command} output": [] for command in ("compare", "report", "history", "demo")},  # take what is there

@@ -78,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(f"{name}: expected none with {chosen.to}, got {getattr(chosen, name)!r}")
     if chosen.to not in SCALED and chosen.lns_exponent is not None:
         raise ValueError(f"lns_exponent: expected none with {chosen.to}, got {chosen.lns_exponent}")
+    if chosen.lns_exponent is not None and not 0 <= chosen.lns_exponent <= 1:
+        raise ValueError(f"lns_exponent: expected a number from 0 to 1, got {chosen.lns_exponent}")
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
 

@@ -136,11 +136,10 @@ def quantize(
         change_each(stack, change, finished, bar, show_progress)
     _mark(model, recorded(config, plan))
     told = {**choice.given, **({} if batches is None else describe_batches(batches))}
-    calibrated = batches is not None
     left = [*choice.notes("quantized"), *other_notes(stack, "quantized")]
-    notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *passes, *left]
-    report = _report(stack, plan, config, finished, title, told, notes)
-    return with_search(report, config.allocation.search if config.allocation else {})
+    notes = [*what_is_lost(config, plan, batches is not None), *use.notes_on(stack), *passes, *left]
+    searched = config.allocation.search if config.allocation else {}
+    return with_search(_report(stack, plan, config, finished, title, told, notes), searched)
 
 
 class LayerNote(NamedErrors, total=False):

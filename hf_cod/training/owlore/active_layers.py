@@ -212,8 +212,7 @@ def release(model: nn.Module) -> None:
     base: Any = find_decoder_layers(model).model
     unhook_gradients(base.parameters())
     release_input_gradients(base)
-    parameters = dict(base.named_parameters())
-    left = {name: p for name, p in parameters.items() if name in getattr(base, TRAINS, {})}
+    left = {name: p for name, p in base.named_parameters() if name in getattr(base, TRAINS, {})}
     now = {name: p.requires_grad for name, p in left.items()}
     if now == getattr(base, TRAINS, {}):
         for parameter in left.values():
@@ -225,9 +224,9 @@ def release(model: nn.Module) -> None:
         )
     for module in base.modules():
         for name, adapter in getattr(module, "owlore_increment", {}).items():
-            for increment in adapter.modules() if name in module.active_adapters else ():
-                if isinstance(increment, Increment) and increment.resting:
-                    increment.release()
+            found = [m for m in adapter.modules() if isinstance(m, Increment) and name in module.active_adapters]
+            for increment in (m for m in found if m.resting):
+                increment.release()
     setattr(base, TRAINS, {})
 
 
