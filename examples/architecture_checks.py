@@ -131,7 +131,7 @@ def _factorized(case: Case, method: str, tolerance: float) -> str | None:
         report = factorize(model, plan, method, batches=batches, layers_path=case.stack)
     require(report.results["ranks"] == ranks, "ranks differ from the plan")
     for name, rank in ranks.items():
-        thin = sorted(min(p.shape) for p in model.get_submodule(name).parameters() if p.dim() == 2)
+        thin = sorted(min(p.shape[-2:]) for p in model.get_submodule(name).parameters() if p.dim() in (2, 3))
         require(thin == [rank, rank], f"{name} has factors of ranks {thin} instead of {rank}")
     same(outputs_of(case, model), intact, "the model of this rank", tolerance)
     check_reload(case, model)

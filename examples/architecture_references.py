@@ -253,7 +253,7 @@ def told_weights(notes: list[str], sizes: dict[str, int]) -> int:
     """
     told = 0
     for note in notes:
-        if found := re.search(r"of ([\d,]+) weights not quantized", note):
+        if found := re.search(r"of ([\d,]+) weights (?:are )?not quantized", note):
             told += int(found[1].replace(",", ""))
         elif " is not quantized: " in note:
             name = note.partition(" is not quantized: ")[0]
@@ -265,9 +265,11 @@ def told_weights(notes: list[str], sizes: dict[str, int]) -> int:
 def cut_to_ranks(model: Any, ranks: dict[str, int]) -> None:
     """Replaces these matrices by those of a lower rank that are nearest to them."""
     for name, rank in ranks.items():
-        weight = model.get_submodule(name).weight
+        owner, _, key = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        weight = holder._parameters[key] if key in holder._parameters else holder.get_submodule(key).weight
         U, S, V = torch.linalg.svd(weight.double(), full_matrices=False)
-        weight.copy_(U[:, :rank] * S[:rank] @ V[:rank])
+        weight.copy_(U[..., :rank] * S[..., None, :rank] @ V[..., :rank, :])
 
 
 @torch.no_grad()

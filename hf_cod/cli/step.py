@@ -63,7 +63,7 @@ class Step(ABC):
         given = without_unset(asdict(settings))
         if given.get("granularity") == "layer":
             del given["granularity"]
-        if not given.get("search", True):
+        if "search_passes" in given and not given["search"]:
             del given["search"], given["search_passes"]
         return {self.earlier.get(name, name): value for name, value in given.items()}
 

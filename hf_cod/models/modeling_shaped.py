@@ -10,6 +10,8 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_shaped import PREFIX, shaped_config
 from .shapes import ShapedModel
@@ -66,17 +68,18 @@ def _family_of(cls: Any) -> Any:
 
 
 def name_apart(model: Any) -> None:
-    """Renames the classes of the models inside of a shaped one.
+    """Renames the classes of some models inside of a shaped one.
 
-    For some names (Dinov2Model) transformers renames, cuts and joins weights while it saves and loads them, which is
-    right for modules with the shapes of the family alone. These are names of public classes; parts of models that are
-    not public, such as an encoder, stay as they are.
+    By their names (Dinov2Model) transformers renames, cuts and joins weights while it saves and loads them, which is
+    right for modules with the shapes of the family alone.
     """
     for module in model.modules():
         own: Any = type(module)
-        if issubclass(own, PreTrainedModel) and getattr(transformers, own.__name__, None) is own:
+        if issubclass(own, PreTrainedModel) and get_checkpoint_conversion_mapping(own.__name__) is not None:
             same = type(module.config) is type(model.config)
             module.__class__ = shaped_model(own, type(model.config)) if same else inner_model(own)
+            # What the model records (hidden states) is noted by class, in its constructor, which has run before.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), own._can_record_outputs)
 
 
 @cache

@@ -19,6 +19,7 @@ from tests.tiny_models import build
 CASES = [(page, number) for page in NAMES for number in range(len(snippets(page)))]
 # What is compiled and not run here, and why.
 NOT_RUN = {
+    '"sensitivities.json"': "needs a file of another tool; tests/scoring/imports reads some",
     "me/my-model": "needs the Hub",
     "hf-cod-quantize-my-model": "needs a directory of a command; CI runs the lines of a card",
     "arc_easy": "needs the Hub; tests/analysis/evaluation runs evaluate_tasks",

@@ -19,7 +19,7 @@ _EXCLUDED = dict.fromkeys(["prune", "sparsegpt", "quantize", "compensated", "fac
 PART = {
     "llama": {},
     "mamba": {**_EXCLUDED, "narrow": "refused"},
-    "mixtral": {**_EXCLUDED, "factorize": "refused", "whitened": "refused"},
+    "mixtral": {name: result for name, result in _EXCLUDED.items() if name not in ("factorize", "whitened")},
     "seq2seq/t5": {**_EXCLUDED, "narrow": "refused"},
     "encoder/bert": {},
     "vision/vit": {},

@@ -170,8 +170,8 @@ def test_what_is_pushed_to_the_hub_brings_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel._upload_modified_files", upload)
     model = tiny_model("cod_qwen2", "mix")
     model.push_to_hub("someone/tiny")
-    code = {"placements.py", "modifiers.py", "shapes.py", "configuration_cod.py", "configuration_cod_qwen2.py"}
-    code |= {"modeling_cod.py", "modeling_cod_qwen2.py"}
+    code = {"placements.py", "modifiers.py", "shapes.py", "factors.py", "expert_parameters.py"}
+    code |= {f"{kind}_{name}.py" for kind in ("configuration", "modeling") for name in ("cod", "cod_qwen2")}
     assert {path.name for path in (tmp_path / "pushed").glob("*.py")} == code
     written = json.loads((tmp_path / "pushed" / "config.json").read_text())
     autos = {auto.__name__ for auto in TEXT_AUTOS} | {"AutoConfig"}
@@ -193,8 +193,9 @@ def test_files_that_travel_import_nothing_of_ours():
 
     folder = Path(hf_cod.models.__file__).parent
     travelling = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")]
-    travelling += [folder / "placements.py", folder / "modifiers.py", folder / "shapes.py"]
-    assert len(travelling) == 2 * (2 + len(FAMILIES)) + 3
+    others = ("placements", "modifiers", "shapes", "factors", "expert_parameters")
+    travelling += [folder / f"{name}.py" for name in others]
+    assert len(travelling) == 2 * (2 + len(FAMILIES)) + 5
     stems = {path.stem for path in travelling}
     for path in travelling:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -43,7 +43,7 @@ def make_parser() -> SettingsParser:
         "  layer_scale  a stock model -> learned factors on the outputs of attention and MLP, 1 at first\n"
         "  authors      a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of hf_cod",
     )
-    parser.add_argument("to", choices=list(RESULTS), help="the conversion, see above")
+    parser.add_argument("to", choices=list(RESULTS), metavar="to", help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result; required")
     parser.add_argument("--output", help="new directory for the result; default: the third argument")
