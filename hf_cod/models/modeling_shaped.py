@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_shaped import PREFIX, shaped_config
-from .shapes import ShapedModel
+from .shapes import FamilyCode, ShapedModel
 
 # Before the name of a class of transformers, of a model inside of a shaped one.
 INNER = "Inner"
@@ -43,28 +43,8 @@ class FamilyModel(ShapedModel):
         name_apart(self)
 
 
-class InnerModel:
+class InnerModel(FamilyCode):
     """Mixin for a model inside of a shaped one, with a config of its own: its class has another name, and no more."""
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """See `ShapedModel`."""
-        return False
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """See `ShapedModel`."""
-        return _family_of(cls)._can_set_experts_implementation()
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        """See `ShapedModel`."""
-        return _family_of(cls)._can_set_attn_implementation()
-
-
-def _family_of(cls: Any) -> Any:
-    """The class of transformers behind `InnerModel`."""
-    return cls.__mro__[cls.__mro__.index(InnerModel) + 1]
 
 
 def name_apart(model: Any) -> None:

@@ -35,16 +35,8 @@ SIZES = ("in_features", "out_features", "rank")
 BIAS, SPARSE = FLAGS = ("bias", "sparse")
 
 
-class ShapedModel:
-    """Mixin for model classes, before a class of transformers: builds the modules in the config's `module_shapes`."""
-
-    config: Any
-    base_model: Any
-
-    def post_init(self) -> None:
-        """Builds the modules; called at the end of every constructor, before weights are initialised or loaded."""
-        build_shapes(self.base_model, self.config.module_shapes)
-        super().post_init()  # type: ignore[misc]  # a class of transformers follows in the MRO
+class FamilyCode:
+    """Mixin before a class of transformers: what transformers asks of its code is answered by that class."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -63,6 +55,23 @@ class ShapedModel:
         """See `_can_set_experts_implementation`."""
         return _family_of(cls)._can_set_attn_implementation()
 
+
+def _family_of(cls: Any) -> Any:
+    """The class of transformers behind the mixin."""
+    return cls.__mro__[cls.__mro__.index(FamilyCode) + 1]
+
+
+class ShapedModel(FamilyCode):
+    """Mixin for model classes, before a class of transformers: builds the modules in the config's `module_shapes`."""
+
+    config: Any
+    base_model: Any
+
+    def post_init(self) -> None:
+        """Builds the modules; called at the end of every constructor, before weights are initialised or loaded."""
+        build_shapes(self.base_model, self.config.module_shapes)
+        super().post_init()  # type: ignore[misc]  # a class of transformers follows in the MRO
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, after a check that the config records the model's ranks.
 
@@ -71,11 +80,6 @@ class ShapedModel:
         """
         check_recorded(self.base_model, self.config.module_shapes)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # as above
-
-
-def _family_of(cls: Any) -> Any:
-    """The class of transformers behind the mixin."""
-    return cls.__mro__[cls.__mro__.index(ShapedModel) + 1]
 
 
 def build_shapes(base: nn.Module, shapes: Any) -> None:

@@ -132,7 +132,7 @@ def search_plan(
 def _found(
     evolution: Evolution, space: Space, starts: dict[str, Plan], passes: int
 ) -> tuple[Plan, dict[str, float | str]]:
-    """The plan, and what is told about it."""
+    """The plan, with the divergences and the number of passes of the search."""
     names = {plan: name for name, plan in reversed(starts.items())}
     every = evolution.samples
     needed = evolution.start_cost(len(names)) + len(every)  # the uniform plan is measured in any case
