@@ -110,7 +110,7 @@ def _for_training(model: Any, checkpointing: bool) -> Any:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if checkpointing and model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 

@@ -44,7 +44,7 @@ def build(a: argparse.Namespace, name: str, checkpointing: bool) -> tuple[nn.Mod
     """The model in float32 and the method's optimizer."""
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     method, settings = chosen(name, a.n_active, a.rank, a.interval)
     return set_up(method, model, None, settings, RATE, a.lora_rank)
 
@@ -143,7 +143,7 @@ def measured_on_cuda(config: LlamaConfig, name: str, checkpointing: bool) -> dic
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             ids = torch.randint(config.vocab_size, (1, TOKENS_7B))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         method, settings = chosen(name, N_ACTIVE_7B, RANK_7B)
         model, optimizer = set_up(method, model, None, settings, RATE, LORA_RANK_7B)
         fill_adapters(model)

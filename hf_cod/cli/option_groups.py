@@ -31,7 +31,6 @@ GROUPS = {
             "device",
             "output",
             "estimate",
-            "device_memory",
             "print_trl",
             "plan_only",
             "explain",

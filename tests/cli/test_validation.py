@@ -95,7 +95,7 @@ BAD = {
     **dict.fromkeys(["scores", "statistics", "plan", "chat_template"], FILE),
     **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},
     **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
-    **{key: ["much", "-4GB"] for key in ["memory", "device_memory"]},
+    "memory": ["much", "-4GB"],
     "output": ["text.txt", "taken"],
     "start": ["-1", "x"],
     "end": ["0", "x"],
@@ -186,7 +186,7 @@ TOGETHER = {
     "factorize model --method oats --spread 0.1": "spread: expected none with score uniform",
     "prune model --recover-rank 4": "recover_rank: expected none with recover_steps 0, which trains nothing, got 4",
     "prune model --recover-learning-rate 1": "recover_learning_rate: expected none with recover_steps 0",
-    "finetune model --device-memory 8GB": "device_memory: expected none with a training",
+    "finetune model --estimate --plan-only": "plan_only: expected none with estimate",
     "heal model --teacher model --label-weight 1 --temperature 2": "temperature: expected none with label_weight 1",
     **{
         f"{command} {more}": f"{option.replace('-', '_')}: expected none with {told}"
@@ -267,7 +267,6 @@ def test_bad_values(no_model, capsys, command, option, name, value):
         del positional[positional.index(option) :][:2]
     more = ["--score", "angular"] if command == "factorize" and name in ("spread", "full_rank_share") else []
     more += ["--method", "oats"] if command == "factorize" and name == "factor_share" else []
-    more += ["--estimate"] if name == "device_memory" else []
     assert main([command, *positional, *more, f"{option}={value}"]) == 2
     shown = capsys.readouterr().err
     (line,) = [line for line in shown.splitlines() if "error: " in line]

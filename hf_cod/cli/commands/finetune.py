@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.commands.finetune_memory import EstimateSettings, estimate, print_estimates
+from hf_cod.cli.commands.finetune_memory import EstimateSettings, choose, estimate, print_estimates
 from hf_cod.cli.commands.finetune_trl import TrlSettings, script
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
@@ -52,6 +52,13 @@ def main(arguments: Sequence[str]) -> int:
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
+    why: list[str] = []
+    if asked.chooses:
+        fit = choose(rest.model, loading, settings, sampling, asked, files.scores)
+        settings, sampling = fit.settings, fit.sampling
+        why = [f"chosen for {asked.memory}: {reason}" for reason in fit.why]
+    if asked.plan_only:
+        return 0
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
     if trl.print_trl:
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     told |= asdict(sampling)
     if settings.follows_samples:
         del told["steps"]
-    work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
+    work = partial(run, rest.model, loading, text, settings, sampling, files.scores, notes=why)
     train_into(directory, told, rest.model, files, work)
     return 0
 
@@ -74,6 +81,7 @@ def run(
     sampling: OwLoreSettings,
     scores_file: str | None,
     output: OutputDirectory,
+    notes: Sequence[str] = (),
 ) -> RunReport:
     """Measures perplexity, trains, saves, and measures perplexity again."""
     from hf_cod.analysis.evaluation.choice import held_out_perplexity
@@ -103,7 +111,7 @@ def run(
     needed = _expected(model, settings, sampling, loading)
     training = train(trained, optimizer, data.windows, settings, sampling.seed, output.path)
     lost = _lost_energy(trained)
-    merged, notes = _saved(trained, whole, chosen.adapters, output.results)
+    merged, saved = _saved(trained, whole, chosen.adapters, output.results)
     after = held_out_perplexity(merged, progress(data.held_out, "perplexity", show=True))
     given = {} if scores is None else {"score": scores.method, "scores": scores_file}
     told = {"model": source, **settings.resolved(), **asdict(sampling), **given}
@@ -114,7 +122,7 @@ def run(
         **({} if lost is None else {"lost_energy": lost}),
     }
     report = _report(merged, training, told, scores, figures, model_title(source))
-    return with_inputs(replace(report, notes=[*data.notes, *report.notes, *adapted, *notes]), loading, text)
+    return with_inputs(replace(report, notes=[*notes, *data.notes, *report.notes, *adapted, *saved]), loading, text)
 
 
 def _loaded(

@@ -1,4 +1,4 @@
-"""Memory of hf-cod finetune: estimated by --estimate, and compared with the memory used."""
+"""Memory of hf-cod finetune: estimated by --estimate, chosen for by --memory, and compared with the memory used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.sizes import in_gigabytes, parse_bytes
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, check_effect
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from hf_cod.training.runs.memory import Memory
+    from hf_cod.training.runs.within_memory import Fit
 
 
 @dataclass
@@ -25,22 +27,33 @@ class EstimateSettings:
             "weights are loaded"
         },
     )
-    device_memory: str | None = field(
+    memory: str | None = field(
         default=None,
-        metadata={"help": "with --estimate: memory of the device, such as 24GB or 80GiB; default: its free memory"},
+        metadata={
+            "help": "memory of the device, such as 24GB or 80GiB, in which the training has to fit: chooses the method "
+            "if you do not, then fewer samples per forward pass, checkpointing, and fewer layers at a time; default: "
+            "nothing is chosen, and --estimate and --plan-only take the free memory",
+            "also": "device-memory",
+        },
+    )
+    plan_only: bool = field(
+        default=False, metadata={"help": "print what is chosen for the memory and why, and do not train"}
     )
 
     def __post_init__(self) -> None:
-        if self.device_memory is not None:
+        if self.memory is not None:
             self.bytes_of_device()
-        if not self.estimate:
-            check_effect(self, ["device_memory"], "a training; it is used with --estimate alone")
+        if self.estimate:
+            check_effect(self, ["plan_only"], "estimate, which prints all methods and chooses none")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether settings are chosen for the memory."""
+        return not self.estimate and (self.plan_only or self.memory is not None)
 
     def bytes_of_device(self) -> int | None:
-        """The value of `device_memory` in bytes; None if not set."""
-        if self.device_memory is None:
-            return None
-        return parse_bytes(self.device_memory, "device_memory")
+        """The value of `memory` in bytes; None if not set."""
+        return None if self.memory is None else parse_bytes(self.memory, "memory")
 
 
 def print_estimates(
@@ -72,7 +85,7 @@ def print_estimates(
         table.add_row(method, *cells, "yes" if found.total <= room else "no")
     console = make_console()
     console.print(table)
-    where = told.device_memory or f"{in_gigabytes(room)} GB free on {device}"
+    where = told.memory or f"{in_gigabytes(room)} GB free on {device}"
     console.print(
         f"GB (10^9 bytes) at the peak of a step of {settings.micro_batch_size} x {settings.sequence_length} tokens, "
         f"checkpointing {'on' if settings.checkpointing else 'off'}; available: {where}. Not included: workspace of "
@@ -81,6 +94,46 @@ def print_estimates(
     )
     for reason in refused:
         console.print(f"not estimated, {terminal_text(reason)}", style="dim", highlight=False)
+
+
+def choose(
+    source: str,
+    loading: ModelSettings,
+    settings: TrainingSettings,
+    sampling: OwLoreSettings,
+    told: EstimateSettings,
+    scores_file: str | None,
+) -> Fit:
+    """Method and steps that fit the memory, which are printed; no weights are loaded.
+
+    Raises:
+        ValueError: nothing fits, or the model is quantized, whose memory is not estimated; gives the reason.
+    """
+    from hf_cod.io.models import best_device, load_config
+    from hf_cod.training.runs.within_memory import choose_within
+
+    config = load_config(source, loading)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"memory: expected a model that is not quantized, whose memory can be estimated, got {source}; use "
+            "--micro-batch-size and --checkpointing instead"
+        )
+    device = loading.device or best_device()
+    room = told.bytes_of_device() or free_memory(device)
+
+    def estimated(tried: TrainingSettings, drawn: OwLoreSettings) -> Memory:
+        return estimate(config, tried.method, tried, drawn, loading.trust_remote_code)
+
+    say(f"choosing for {told.memory or f'{in_gigabytes(room)} GB free on {device}'} ...")
+    found = choose_within(room, settings, sampling, scores_file, estimated)
+    say(
+        f"{found.settings.micro_batch_size} x {found.settings.sequence_length} tokens per forward pass, checkpointing "
+        f"{'on' if found.settings.checkpointing else 'off'}: {in_gigabytes(found.memory.total)} GB are estimated at "
+        "the peak"
+    )
+    for reason in found.why:
+        say(f"- {reason}")
+    return found
 
 
 def estimate(

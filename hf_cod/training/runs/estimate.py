@@ -69,7 +69,7 @@ def estimate_memory(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     trained, how = METHODS[method].setup(model, None, settings, 0.0, lora_rank)
     fake = FakeTensorMode()
     fill_adapters(trained)

@@ -60,7 +60,7 @@ class TrainingSettings:
     """Training by one of the methods in `METHODS`."""
 
     method: str = field(
-        default="owlore",
+        default=DefaultName("owlore"),
         metadata={
             "help": "which weights are trained. "
             + "; ".join(f"{name}: {weights}" for name, weights in METHODS.items()),

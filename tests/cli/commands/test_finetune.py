@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score_layers
+from hf_cod import LayerScores, OwlBnbConfig, RunReport, pack_sparse, perplexity, prune, quantize, score_layers
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
 from hf_cod.cli.main import main
@@ -157,6 +157,30 @@ def test_estimates_say_what_fits(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_is_made_to_fit(capsys, tmp_path):
+    """The plan is that of the training, which reports it; the method is the user's if one is given."""
+    command = ["finetune", MODEL, *ANY.split(), "--memory", "32MB", "--output", str(tmp_path / "out")]
+    assert main([*command, "--plan-only"]) == 0
+    (plan,) = [line for line in capsys.readouterr().out.splitlines() if "tokens per forward pass" in line]
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    report = RunReport.load(tmp_path / "out")
+    assert report.settings["method"] == "lora" and report.settings["micro_batch_size"] < 4
+    assert plan.startswith(f"{report.settings['micro_batch_size']} x 64 tokens") and plan in capsys.readouterr().out
+    assert "chosen for 32MB: method lora" in report.notes[0]
+    assert report.results["training_memory"]["estimate_bytes"] <= 32e6
+    assert main([*command, "--plan-only", "--method", "owlore"]) == 0
+    assert "method owlore: as you chose" in capsys.readouterr().out
+
+
+def test_no_memory_is_chosen_for_quantized_models(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    quantize(model, OwlBnbConfig(bits=4))
+    model.save_pretrained(tmp_path / "small")
+    assert main(["finetune", str(tmp_path / "small"), "--memory", "1GB", "--plan-only"]) == 2
+    assert "memory: expected a model that is not quantized" in capsys.readouterr().err
+
+
 def test_small_sizes_are_no_zeros():
     assert [in_gigabytes(size) for size in (16.33e9, 2.5e9, 4.51e6, 0)] == ["16.3", "2.50", "0.0045", "0"]
 
@@ -238,7 +262,7 @@ def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsy
 
 @pytest.mark.parametrize("size, value", [("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("512m", 512 * 10**6)])
 def test_sizes_of_devices(size, value):
-    assert EstimateSettings(True, device_memory=size).bytes_of_device() == value
+    assert EstimateSettings(True, memory=size).bytes_of_device() == value
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +316,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
         (["--micro-batch-size", "3"], "micro_batch_size: expected batch_size 8 to be a multiple of it, got 3"),
         (["--eval-samples", "99999"], "text: expected more than the 99999 windows of 64 tokens that are held out"),
         (["--n-active", "13"], "n_active: expected between 1 and the 12 layers of the scores, got 13"),
-        (["--device-memory", "much"], "device_memory: expected a size such as 24GB or 80GiB, got 'much'"),
+        (["--memory", "much"], "memory: expected a size such as 24GB or 80GiB, got 'much'"),
         (["--log-every", "0"], "log_every: expected at least 1, got 0"),
         (["--learning-rate", "-1"], "learning_rate: expected a number above 0, got -1"),
         (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
