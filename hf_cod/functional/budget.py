@@ -35,6 +35,21 @@ def spread(D: Tensor, w: Tensor, S: float, low: float, high: float, falling: boo
     return _clamped_to_mean(u if falling else -u, w.double(), S, low, high)
 
 
+def raised_to(least: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Shares of at least `least`, at the cost of all others: clamp(c + x_l, least_l, 1) with the weighted mean of x.
+
+    Args:
+        least: (L,), in [0, 1], with a weighted mean of at most that of `x`.
+        x: (L,), in [0, 1].
+        w: (L,), not negative, not all zero.
+
+    Returns:
+        (L,) float64; `x` itself where it is nowhere below `least`.
+    """
+    x, w = x.double(), w.double()
+    return _clamped_to_mean(-x, w, float(x @ w / w.sum()), least.double(), 1.0) if (x < least).any() else x
+
+
 def authors_sparsity(D: Tensor, S: float, lam: float) -> Tensor:
     """Sparsities as OWL's released code computes them.
 
@@ -98,18 +113,20 @@ def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | Non
     return grid[place]
 
 
-def _clamped_to_mean(z: Tensor, w: Tensor, mean: float, low: float, high: float) -> Tensor:
-    """clamp(c - z, low, high) with the weighted mean `mean`.
+def _clamped_to_mean(z: Tensor, w: Tensor, mean: float, low: Tensor | float, high: float) -> Tensor:
+    """clamp(c - z, low, high) with the weighted mean `mean`; `low` is one number, or one for each layer.
 
     The mean grows with c, linearly between the levels where a layer reaches an end of the interval, so c is exact.
     """
-    levels = torch.cat([z + low, z + high]).sort().values  # (2L,)
-    means = (levels[:, None] - z).clamp(low, high) @ w / w.sum()  # (2L,)
+    least = torch.as_tensor(low, dtype=torch.float64).expand_as(z)
+    most = torch.full_like(z, high)
+    levels = torch.cat([z + least, z + most]).sort().values  # (2L,)
+    means = (levels[:, None] - z).clamp(least, most) @ w / w.sum()  # (2L,)
     end = int(torch.searchsorted(means, mean).clamp(1, len(levels) - 1))
     start_mean, end_mean = float(means[end - 1]), float(means[end])
     share = (mean - start_mean) / (end_mean - start_mean) if end_mean > start_mean else 0.0
     c = levels[end - 1] + min(max(share, 0.0), 1.0) * (levels[end] - levels[end - 1])
-    return (c - z).clamp(low, high)
+    return (c - z).clamp(least, most)
 
 
 def _unit_range(D: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 from collections.abc import Sequence
+from textwrap import shorten
 
 # Control characters (ESC begins the escape sequences of terminals); invisible characters that end a line or change its
 # direction (Unicode line separators and direction marks); and lone surrogates, which no encoding can print.
@@ -58,6 +59,11 @@ def _in_shell(found: re.Match[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error, for libraries whose errors end in traces; its type if it has no text."""
     return terminal_text((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def quoted(error: BaseException) -> str:
+    """Type and beginning of a foreign error, to be quoted within a sentence."""
+    return f"{type(error).__name__}: {shorten(first_line(error), 120, placeholder=' ...')}"
 
 
 def _shown(found: re.Match[str]) -> str:

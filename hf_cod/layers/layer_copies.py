@@ -13,6 +13,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from hf_cod.io.display import quoted
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.modules import is_norm
@@ -87,7 +88,7 @@ def _copies(stack: DecoderLayers, wanted: list[int]) -> dict[int, LayerCopy | No
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+    return quoted(error)
 
 
 class _Seen(Exception):

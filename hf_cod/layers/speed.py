@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from hf_cod.io.display import quoted
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
@@ -35,17 +36,20 @@ class ModelSpeed:
         prompt: tokens of the prompt processed per second.
         generation: tokens after the first one generated per second, one by one; empty for a model that does not
             generate.
+        failed: the error of a model that has `generate`, which fails; else None.
     """
 
     prompt_tokens: int
     prompt: list[float]
     generation: list[float]
+    failed: str | None = None
 
-    def medians(self) -> dict[str, float | None]:
+    def medians(self) -> dict[str, Any]:
         """Medians over rounds for reports: "prompt" and "generation" (None if there is none) in tokens per second, with
-        the conditions "prompt_tokens" and "threads" (of the CPU).
+        the conditions "prompt_tokens" and "threads" (of the CPU), and "failed" if generation fails.
         """
         return {
+            **({} if self.failed is None else {"failed": self.failed}),
             "prompt": statistics.median(self.prompt),
             "generation": statistics.median(self.generation) if self.generation else None,
             "prompt_tokens": self.prompt_tokens,
@@ -60,7 +64,7 @@ def measure_speed(
     greedily with a KV cache. One round for warm-up comes first.
 
     Because models take turns, their speeds can be compared on a busy machine as well: round by round, or by medians.
-    Models are not changed.
+    Models are not changed. A model whose `generate` fails processes prompts alone.
 
     Args:
         models: name -> layers of a model; the full model is measured.
@@ -70,18 +74,27 @@ def measure_speed(
     """
     prompt = prompt[:, -_most_tokens(models, new_tokens) :]
     seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in models}
+    failed: dict[str, str] = {}
     with ExitStack() as left:
         for stack in models.values():
             left.enter_context(as_found(stack.model))
         for tokens in (1, *[new_tokens] * rounds):
             for name, stack in models.items():
+                own = prompt.to(execution_device(stack.model))
                 with evaluation_mode(stack, repacking=True), torch.no_grad():
-                    seconds[name].append(_seconds(stack.model, prompt.to(execution_device(stack.model)), tokens))
+                    try:
+                        reading = _seconds(stack.model, own, 0 if name in failed else tokens)
+                    except Exception as error:  # whatever transformers raises for a model that its cache does not fit
+                        if seconds[name]:
+                            raise
+                        failed[name], reading = quoted(error), _seconds(stack.model, own, 0)
+                    seconds[name].append(reading)
     return {
         name: ModelSpeed(
             prompt.shape[1],
             [prompt.shape[1] / reading for reading, _ in found[1:]],
             [1 / token for _, token in found[1:] if token is not None],
+            failed.get(name),
         )
         for name, found in seconds.items()
     }
@@ -94,10 +107,12 @@ def _most_tokens(models: Mapping[str, DecoderLayers], new_tokens: int) -> int:
 
 
 def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float | None]:
-    """Seconds for processing the prompt, and per generated token after the first one."""
-    if not model.can_generate():
+    """Seconds for processing the prompt, and per generated token after the first one, if any is to be generated."""
+    two_stacks = getattr(model.config, "is_encoder_decoder", False)
+    if not new_tokens or not model.can_generate():
         start = time.perf_counter()
-        model(prompt)[0].flatten()[-1].item()  # item() waits for the device
+        more = {"decoder_input_ids": prompt[:, :1]} if two_stacks else {}
+        model(prompt, **more)[0].flatten()[-1].item()  # item() waits for the device
         return time.perf_counter() - start, None
     clock = _Clock()
     with _greedy(model, 1 + new_tokens):
@@ -105,7 +120,7 @@ def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float 
         model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock)
     start, first, *_, last = clock.times
     # The encoder of an encoder-decoder has read the prompt before the first call.
-    start = begin if getattr(model.config, "is_encoder_decoder", False) else start
+    start = begin if two_stacks else start
     return first - start, (last - first) / new_tokens
 
 
@@ -136,7 +151,7 @@ def _greedy(model: Any, count: int) -> Iterator[None]:
         model.generation_config = own
 
 
-Speeds = dict[str, dict[str, float | None]]
+Speeds = dict[str, dict[str, Any]]
 """Name of a model -> result of `ModelSpeed.medians`."""
 
 

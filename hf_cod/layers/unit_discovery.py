@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.io.display import quoted
 from hf_cod.layers.expert_units import ExpertUnits, expert_units, other_sets, sizes_of
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
 from hf_cod.layers.modules import is_norm
@@ -75,9 +76,7 @@ def _exclude_lost(stack: DecoderLayers, found: dict[int, LayerUnits]) -> None:
     try:
         lost = lost_in_reload(stack.model, changes)
     except Exception as error:  # whatever a constructor raises
-        reason = (
-            f"a reloaded model cannot have fewer ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-        )
+        reason = f"a reloaded model cannot have fewer ({quoted(error)})"
         lost = dict.fromkeys(changes, reason)
     for layer in found.values():
         for units in list(layer.found):
@@ -141,7 +140,7 @@ def _choose_experts(taken: LayerCopy, chosen: dict[str, Units], reasons: dict[st
 
 
 def _alone(error: Exception) -> str:
-    return f"it cannot be measured alone ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
+    return f"it cannot be measured alone ({quoted(error)})"
 
 
 def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], dict[str, str]]:

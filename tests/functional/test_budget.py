@@ -52,6 +52,23 @@ def test_spread_where_no_end_is_met_is_linear():
     )
 
 
+@given(layers, st.floats(0, 1), st.floats(0, 1))
+@example(([0.0, 0.0, 1.0], [1, 1, 1]), 0.8, 1.0)
+def test_shares_raised_to_their_least_keep_the_mean(drawn, S, least_of_all):
+    """By bisection: one level for all, within the limits."""
+    D, w = tensors(drawn)
+    x = budget.spread(D, w, S, 0.0, 1.0, False)
+    least = least_of_all * torch.linspace(0, 1, len(x), dtype=torch.float64) * S
+    found = budget.raised_to(least, x, w)
+    low, high = -1.0, 1.0
+    for _ in range(80):
+        c = (low + high) / 2
+        low, high = (c, high) if weighted_mean((x + c).maximum(least).clamp(max=1), w) < S else (low, c)
+    expected = (x + high).maximum(least).clamp(max=1) if (x < least).any() else x
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    assert weighted_mean(found, w) == pytest.approx(S, abs=1e-9)
+
+
 def test_authors_formula_as_they_wrote_it():
     D, S, lam = torch.tensor([4.0, 1.0, 2.0, 9.0]).double(), 0.7, 0.08
     ratio = (D - D.min()) * (1 / (D.max() - D.min()) * lam * 2)

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from transformers import LongT5Config, LongT5ForConditionalGeneration
 
+from hf_cod.cli.closing import describe_speed
 from hf_cod.layers.speed import measure_speed
 from hf_cod.layers.stack import find_decoder_layers
 from tests.tiny_models import build
@@ -53,3 +55,28 @@ def test_what_does_not_generate_reads_alone(return_dict, slowed):
 def test_there_are_positions_for_what_is_generated(positions, read):
     model = build("gpt2", n_positions=positions)
     assert measure_speed({"gpt2": find_decoder_layers(model)}, PROMPT, 1, 3)["gpt2"].prompt_tokens == read
+
+
+def test_a_model_that_fails_to_generate_is_timed_for_prompts(monkeypatch):
+    """LongT5 with more layers in the decoder than in the encoder, by which transformers sizes the cache."""
+    config = LongT5Config(
+        vocab_size=60,
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=1,
+        num_decoder_layers=3,
+        num_heads=2,
+        local_radius=4,
+        decoder_start_token_id=0,
+    )
+    model = LongT5ForConditionalGeneration(config).eval()
+    found = measure_speed({"one": find_decoder_layers(model)}, PROMPT, 2, 3)["one"]
+    if found.failed is None:  # a transformers that sizes it by the decoder
+        assert len(found.generation) == 2
+        monkeypatch.setattr(type(model), "generate", lambda *_, **__: [][0])
+        found = measure_speed({"one": find_decoder_layers(model)}, PROMPT, 2, 3)["one"]
+    assert len(found.prompt) == 2 and found.generation == []
+    told = {"speed": {name: found.medians() for name in ("intact", "narrowed")}}
+    (sentence,) = describe_speed(told, "narrowed")
+    assert "generation is not timed, since it fails (IndexError: " in sentence

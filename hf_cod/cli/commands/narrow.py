@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
@@ -93,11 +93,17 @@ class Narrow(Step):
 
     command, done = "narrow", "narrowed"
 
+    def __init__(self, settings: NarrowOptions) -> None:
+        super().__init__(settings)
+        self._raised: dict[str, list[str]] = {}  # score of a plan -> note on layers that keep more
+
     def check(self, work: Work) -> None:
-        """Checks that the matrices can be replaced by others, and the result can be saved."""
+        """Checks that matrices can be replaced by others, the result can be saved, and layers can keep the share."""
+        from hf_cod.compression.width.planning import within_reach
         from hf_cod.layers.checks import check_reshapeable
 
         check_reshapeable(work.stack, "narrow")
+        within_reach(work.stack, self.settings.parameter_share, self.settings)
 
     def plan(self, work: Work) -> Any:
         """For each layer, the share of weights to keep."""
@@ -105,17 +111,34 @@ class Narrow(Step):
         # sensitivity and auto evaluate sparsity plans: the closest approximation of narrowing.
         tried = {"target": 1 - share} if share < 1 else {}
         scores = work.score(self.settings.score or _default_score(work), **tried)
-        return self.settings.allocate(scores)
+        return self._within_reach(work, self.settings.allocate(scores))
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
-        """The same share for all layers."""
-        return uniform_baseline(plan, self.settings, work.scores)
+        """The same share for all layers that can keep as little."""
+        alike = uniform_baseline(plan, self.settings, work.scores)
+        return {name: self._within_reach(work, other) for name, other in alike.items()}
+
+    def _within_reach(self, work: Work, plan: LayerAllocation) -> LayerAllocation:
+        """The plan that the layers can keep; a note in the report says where it differs.
+
+        Raises:
+            ValueError: it would differ, and the user set the spread.
+        """
+        from hf_cod.compression.width.planning import within_reach
+
+        plan, self._raised[plan.method] = within_reach(work.stack, plan, self.settings)
+        if self.settings.spread is not None and self._raised[plan.method]:
+            raise ValueError(
+                f"spread: expected one by which each layer keeps as much as it has to, got {self.settings.spread:g}; "
+                f"{self._raised[plan.method][0]}; use a smaller --spread, or none"
+            )
+        return plan
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Narrows the layers."""
         from hf_cod.compression.width.narrower import narrow
 
-        return narrow(
+        report = narrow(
             work.model,
             plan,
             method=self.settings.method,
@@ -126,6 +149,7 @@ class Narrow(Step):
             **given_names(self.settings),
             **work.options,
         )
+        return replace(report, notes=[*report.notes, *self._raised.get(plan.method, [])])
 
     def files(self, plan: Any) -> dict[str, Any]:
         """The allocation."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.width.settings import WidthSettings
-from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
+from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation, reachable
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.module_names import ModuleFields
@@ -57,6 +57,24 @@ def plan_width(
     return plan_of_units(stack, units, parameter_share, how.channel_multiple)
 
 
+def within_reach(
+    stack: DecoderLayers, parameter_share: LayerAllocation | float, settings: Any
+) -> tuple[LayerAllocation, list[str]]:
+    """The allocation, raised where a layer cannot keep as little (`width_plan.reachable`), and a note on that.
+
+    Args:
+        stack: the layers.
+        parameter_share: shares of layers, or one for all.
+        settings: `channel_multiple`, `include` and `exclude`.
+
+    Raises:
+        ValueError: no heads or channels of a known structure, or a share of all layers that they cannot keep.
+    """
+    units = without_excluded(find_all_units(stack), choose_modules(stack, settings))
+    check_units(stack, units)
+    return reachable(stack, units, _allocation(stack, parameter_share), settings.channel_multiple)
+
+
 def without_excluded(units: Sequence[LayerUnits], choice: ModuleChoice) -> list[LayerUnits]:
     """The units all of whose matrices are chosen; for the others, the reason why they are not removed."""
     found = []
@@ -79,8 +97,11 @@ def plan_of_units(
 ) -> WidthPlan:
     """The plan for units that were already found; see `plan_width`."""
     check_units(stack, units)
-    allocation = parameter_share if isinstance(parameter_share, LayerAllocation) else same_share(stack, parameter_share)
-    return plan_of_allocation(stack, list(units), allocation, channel_multiple)
+    return plan_of_allocation(stack, list(units), _allocation(stack, parameter_share), channel_multiple)
+
+
+def _allocation(stack: DecoderLayers, parameter_share: LayerAllocation | float) -> LayerAllocation:
+    return parameter_share if isinstance(parameter_share, LayerAllocation) else same_share(stack, parameter_share)
 
 
 def check_units(stack: DecoderLayers, units: Sequence[LayerUnits]) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from hf_cod.compression.width.settings import check_channel_multiple
+from hf_cod.functional.budget import raised_to
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import limits
@@ -14,6 +18,10 @@ from hf_cod.layers.expert_units import ALIGNED
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, LayerUnits, Units
 from hf_cod.scoring.allocation import LayerAllocation
+
+# Shares that are computed from a sum have rounding errors.
+ROUNDING = 1e-6
+_LEAST = "one group of heads and {} channels, where they can be removed"
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,36 @@ def plan_of_allocation(
     )
 
 
+def reachable(
+    stack: DecoderLayers, units: Sequence[LayerUnits], allocation: LayerAllocation, channel_multiple: int
+) -> tuple[LayerAllocation, list[str]]:
+    """The allocation with no layer below the least share that it can keep; the other layers keep less for it.
+
+    Returns:
+        The same allocation, or another one with the same share of all layers; and a note on the layers that keep more.
+
+    Raises:
+        ValueError: the share of all layers is below the least possible one.
+    """
+    least = [_least(stack, index, _layer(found), channel_multiple) for index, found in enumerate(units)]
+    below = [
+        i for i, (share, limit) in enumerate(zip(allocation.values, least, strict=True)) if share < limit - ROUNDING
+    ]
+    if not below:
+        return allocation, []
+    weights = torch.tensor(allocation.parameters, dtype=torch.float64)
+    floors = torch.tensor(least, dtype=torch.float64)
+    possible = float(floors @ weights / weights.sum())
+    if allocation.mean < possible - ROUNDING:
+        raise ValueError(
+            f"parameter_share: expected at least {_rounded_up(possible)} of all layers "
+            f"({_LEAST.format(channel_multiple)}), got {allocation.mean:.4g}"
+        )
+    values = raised_to(floors, torch.tensor(allocation.values), weights).tolist()
+    told = f"layer{'s' * (len(below) > 1)} {', '.join(map(str, below))}: more is kept than by the score, at least "
+    return replace(allocation, values=values), [told + _LEAST.format(channel_multiple)]
+
+
 def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:
     """For each layer: kind -> number of kept units, for the kinds of which some are removed.
 
@@ -129,6 +167,16 @@ def _layer(units: LayerUnits) -> Layer:
     return Layer(full, a, b, d, ALIGNED)
 
 
+def _least(stack: DecoderLayers, index: int, layer: Layer, multiple: int) -> float:
+    """The least share of its weights that a layer can keep."""
+    total = stack.count_weights(index)
+    return (total - layer.count(layer.full) + layer.count(layer.least(multiple))) / total if total else 0.0
+
+
+def _rounded_up(share: float) -> str:
+    return f"{math.ceil(1e4 * share) / 1e4:g}"
+
+
 def _share_of_units(
     stack: DecoderLayers, index: int, layer: Layer, share: float, multiple: int, whole: list[str]
 ) -> float:
@@ -136,12 +184,10 @@ def _share_of_units(
     if not 0 <= share <= 1 or math.isnan(share):
         raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
     total, own = stack.count_weights(index), layer.count(layer.full)
-    least = total - own + layer.count(layer.least(multiple))
-    # Shares that are computed from a sum have rounding errors.
-    if share * total < least - 1e-6 * total:
+    least = _least(stack, index, layer, multiple)
+    if share < least - ROUNDING:
         raise ValueError(
-            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index} (one group "
-            f"of heads and {multiple} channels, where they can be removed), got {share:.4g}"
-            + "".join(f"; {why}" for why in whole)
+            f"parameter_share: expected at least {_rounded_up(least)} in layer {index} ({_LEAST.format(multiple)}), "
+            f"got {share:.4g}" + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_cod import perplexity
+from hf_cod import LayerAllocation, perplexity
 from hf_cod.cli.commands.narrow import NarrowOptions
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
@@ -53,6 +53,17 @@ def test_narrow_with_bad_input(checkpoint, capsys, arguments, message):
     assert narrow(checkpoint, "out", "--score", "uniform", *arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
+
+
+def test_layers_that_cannot_keep_as_little_keep_more_at_the_cost_of_others(checkpoint, capsys):
+    """One group of heads and 32 channels are 0.6 of a layer; a plan that the user set is refused instead."""
+    more = ["--score", "weight_norm", "--parameter-share", "0.62", "--channel-multiple", "32", "--force", "--no-plots"]
+    assert narrow(checkpoint, "set", *more, "--spread", "0.08") == 2
+    assert "spread: expected one by which each layer keeps as much as it has to, got 0.08" in capsys.readouterr().err
+    assert narrow(checkpoint, "out", *more) == 0
+    plan = LayerAllocation.load(checkpoint / "out" / "allocation.json")
+    assert min(plan.values) == pytest.approx(0.6) and plan.mean == pytest.approx(0.62)
+    assert any("more is kept than by the score" in note for note in RunReport.load(checkpoint / "out").notes)
 
 
 def test_the_default_score_never_lost_and_needs_a_loss(checkpoint):
