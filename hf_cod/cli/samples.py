@@ -19,12 +19,14 @@ from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, t
 from hf_cod.layers.batches import with_labels
 from hf_cod.layers.checks import check_length, check_without_adapter
 from hf_cod.layers.running import busy
+from hf_cod.layers.stack import unwrap
 from hf_cod.reporting.result_card import report_of
 
 logger = logging.getLogger(__name__)
 
 # Commands that train on the text that they are given.
 TRAININGS = ("finetune", "heal")
+TEXT = "input_ids"  # what models of text read
 
 
 def load_with_tokenizer(
@@ -39,8 +41,8 @@ def load_with_tokenizer(
         adapters: whether adapters that are not merged are accepted, because the model is only measured.
 
     Raises:
-        ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples; or it
-            has an adapter (see `check_without_adapter`).
+        ValueError: the model does not exist; has no tokenizer, without which text cannot be cut into samples, or does
+            not read text; or it has an adapter (see `check_without_adapter`).
     """
     with busy(f"loading {model_title(source)}"):
         model, tokenizer = load_model(source, loading)
@@ -48,6 +50,11 @@ def load_with_tokenizer(
         check_without_adapter(model, source)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use {instead}")
+    base: Any = unwrap(model)
+    reads = getattr(base, "main_input_name", TEXT)
+    if reads != TEXT:
+        got = f"got {type(base).__name__}, which reads {reads}"
+        raise ValueError(f"model: expected one that reads text, of which commands make samples, {got}; use {instead}")
     return model, tokenizer
 
 

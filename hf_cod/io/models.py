@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
+_TRUST = "trust_remote_code"  # in the errors of transformers about code in a repository
 
 
 def load_model(
@@ -72,7 +73,9 @@ def load_model(
     if base is not None:
         model, tokenizer = load_model(base, settings)
         with _naming(name, source, options):
-            return with_adapter(model, source).eval(), _load_tokenizer(name, source, options) or tokenizer
+            adapted: Any = with_adapter(model, source).eval()
+            adapted.config._name_or_path = source  # scores are of the base with the adapter
+            return adapted, _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
     with naming_package(config, name), _naming(name, source, options):
         model = _load_with_head(source, config, {**options, **_placement(settings)})
@@ -191,6 +194,11 @@ def _unreadable(name: str, source: str, error: Exception) -> ValueError:
         return ValueError(str(error))
     if str(error).startswith("model: expected"):
         return ValueError(str(error).replace(", got", f", got in {name!r}", 1))
+    if _TRUST in str(error):
+        return ValueError(
+            f"{_TRUST}: expected True (--trust-remote-code on the command line) for a model with code of its own, got "
+            f"False for {name!r}; read the code first, because it then runs on this machine"
+        )
     return ValueError(
         f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {one_line(error)}"
     )
@@ -230,9 +238,11 @@ def _auto_of(config: Any, named: str) -> str | None:
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
         return _read_tokenizer(name, source, options)
-    except ValueError:
+    except ValueError as error:
         if not _has_tokenizer(source, options):  # a vision model, or weights alone
             return None
+        if _TRUST in str(error):
+            raise _unreadable(name, source, error) from error
         raise
 
 

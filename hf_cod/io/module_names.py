@@ -49,10 +49,11 @@ class ModuleFields(TypedDict, total=False):
 def check_names(settings: Any) -> None:
     """Checks `include` and `exclude` of a settings object; for the `__post_init__` of its class.
 
-    A list of one string that cannot be a name, as the command line passes an expression, becomes that string.
+    A list of one string that cannot be a name, as the command line passes an expression, becomes that string. An empty
+    list to exclude becomes None.
 
     Raises:
-        ValueError: an empty list or string, or an invalid regular expression.
+        ValueError: an empty list to include, an empty string, or an invalid regular expression.
     """
     for name in FIELDS:
         given = getattr(settings, name)
@@ -61,7 +62,11 @@ def check_names(settings: Any) -> None:
         given = given if isinstance(given, str) else [*given]
         if isinstance(given, list) and len(given) == 1 and not re.fullmatch(r"[\w.-]*", given[0]):
             given = given[0]
-        if not given or (isinstance(given, list) and "" in given):
+        if name == "exclude" and given == []:
+            given = None
+        elif name == "include" and given == []:
+            raise ValueError("include: expected at least one name, got [], which selects no matrix; None selects all")
+        elif not given or (isinstance(given, list) and "" in given):
             raise ValueError(f"{name}: expected {_RULE}, got {given!r}")
         if isinstance(given, str):
             _compiled(name, given)

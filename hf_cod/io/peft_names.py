@@ -1,6 +1,8 @@
-"""Names of matrices that PEFT reads in another way than they are written."""
+"""Names of matrices that PEFT reads in another way than they are written, or that it refuses."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +26,20 @@ def is_misread(model: nn.Module, name: str) -> bool:
     except ValueError:  # one of several matrices that are one parameter of the bank
         return True
     return name not in (config.target_modules or ())
+
+
+def is_refused(model: nn.Module, name: str) -> bool:
+    """Whether PEFT adds no LoRA to modules whose name ends in this part.
+
+    It refuses the output projections of Mamba in some types of models, because kernels multiply by their weights.
+    """
+    from peft import LoraConfig, LoraModel
+
+    check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    if check is None:  # a version that refuses none
+        return False
+    try:
+        check(None, LoraConfig(target_modules=[name]), model, name)
+    except ValueError:
+        return True
+    return False

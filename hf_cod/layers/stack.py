@@ -100,6 +100,13 @@ class DecoderLayers(Sequence):
         match = re.match(rf"{wrappers}{re.escape(self.layers_path)}\.(\d+)(?:\.|$)", bare)
         return int(match[1]) if match else None
 
+    def not_run(self, got: str) -> str:
+        """The error for inputs on which no layer runs, such as text for those of a vision tower."""
+        return (
+            f"batches: expected inputs on which the layers of {self.layers_path} run, got {got}, or a model that runs "
+            "them without calling them; layers that read images or sound require batches with these, in Python"
+        )
+
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each Linear-like module of layer `index`, in the order of registration.
 

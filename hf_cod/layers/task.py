@@ -29,7 +29,7 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
     if name.endswith(CAUSAL_LM_SUFFIXES):
         return "causal_lm"
     if "For" not in name:
-        return "headless"
+        return "causal_lm" if _writes(base) and base.get_output_embeddings() is not None else "headless"
     if any(not set(LABELS) & set(batch) for batch in batches):
         return "unlabelled"
     if name.endswith(MASKED_LM_SUFFIXES):
@@ -39,7 +39,9 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
 
 
 def _writes(model: Any) -> bool:
-    """Whether an encoder-decoder has an output projection onto its vocabulary."""
+    """Whether transformers generates with a model, as with an encoder-decoder that has an output projection onto its
+    vocabulary.
+    """
     return callable(getattr(model, "can_generate", None)) and model.can_generate()
 
 

@@ -27,7 +27,10 @@ def check_shapeable(model: Any) -> None:
     family = getattr(getattr(model, "config", None), "model_type", None)
     stock = getattr(transformers, name, None) is type(model) and family in CONFIG_MAPPING
     if not (stock or isinstance(model, ShapedModel)):
-        raise ValueError(f"model: expected a class of transformers or hf_cod, got {name}, which cannot be saved")
+        raise ValueError(
+            f"model: expected a class of transformers or hf_cod, which matrices of other shapes require, got {name} "
+            "with code of its own; prune, drop-layers and finetune accept it"
+        )
     if stock:
         known = {head.__name__ for _, head in stock_heads(type(model.config))}
         if name not in known:

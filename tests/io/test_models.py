@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -147,3 +149,13 @@ def test_a_revision_is_for_the_hub(tmp_path):
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"revision: expected none with the local model '.*', got 'v2'"):
         load_model(str(tmp_path), revision="v2")
+
+
+def test_code_in_the_checkpoint_is_named_with_the_option_that_runs_it(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "zed", "auto_map": {"AutoConfig": "configuration_zed.ZedConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_zed.py").write_text("raise RuntimeError('it ran')\n")
+    with pytest.raises(ValueError, match=r"^trust_remote_code: expected True \(--trust-remote-code on"):
+        load_model(str(tmp_path))

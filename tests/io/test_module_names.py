@@ -39,11 +39,19 @@ def test_what_matches_nothing_is_named_with_what_is_near():
         matching("exclude", ".*mpl.*", CALLED)
 
 
-@pytest.mark.parametrize("given", ["(", "", [], [""], ["q_proj", ""]])
-@pytest.mark.parametrize("name", ["include", "exclude"])
+@pytest.mark.parametrize(
+    "name, given",
+    [*((name, given) for name in ("include", "exclude") for given in ("(", "", [""], ["q_proj", ""])), ("include", [])],
+)
 def test_bad_choices_are_refused_before_a_model_is_seen(name, given):
     with pytest.raises(ValueError, match=f"{name}: expected "):
         PruneSettings(**{name: given})
+
+
+def test_an_empty_list_excludes_nothing_and_cannot_include():
+    assert ModuleSettings(exclude=[]) == ModuleSettings(exclude=()) == ModuleSettings()
+    with pytest.raises(ValueError, match=r"include: .*got \[\], which selects no matrix; None selects all"):
+        ModuleSettings(include=[])
 
 
 def test_one_expression_in_a_list_is_an_expression():

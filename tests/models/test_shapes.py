@@ -353,3 +353,11 @@ def test_towers_with_configs_of_their_own_keep_their_names_too(tmp_path):
     assert type(model.model.vision_tower).__name__ == "InnerDinov2Model"
     assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
     pickle.loads(pickle.dumps(loaded))
+
+
+def test_a_model_with_code_of_its_own_is_refused_with_what_accepts_it():
+    model = build("llama")
+    model.__class__ = type("Zed", (type(model),), {})
+    accepts = "got Zed with code of its own; prune, drop-layers and finetune accept it"
+    with pytest.raises(ValueError, match=rf"^model: expected a class of transformers or hf_cod, .*, {accepts}"):
+        record_shapes(model, {})

@@ -138,10 +138,7 @@ class ForwardRecorder:
         """Ends a batch: checks it and adds it to the sums."""
         L = len(self.stack)
         if not self._calls:
-            raise ValueError(
-                f"batches: expected inputs on which the layers of {self.stack.layers_path} run, got others as batch "
-                f"{number}, or a model that runs them without calling them"
-            )
+            raise ValueError(self.stack.not_run(f"others as batch {number}"))
         self._end_run()
         outputs = [_rows_on_cpu(depth.carried(self._batch_outputs[0], L + 1))]
         updates = [_rows_on_cpu(depth.completed(first, L, counted=True)) for first in self._batch_updates[:1]]

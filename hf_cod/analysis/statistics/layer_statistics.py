@@ -232,6 +232,8 @@ def collect_statistics(
             seen += 1
     if not seen:
         raise ValueError("batches: expected at least one, got none")
+    if recorder.tokens and not any(bool(tokens.any()) for tokens in recorder.tokens.values()):
+        raise ValueError(stack.not_run("others"))
     found = name or name_of(stack)
     return LayerStatistics(found, stack.layers_path, recorder.squares, recorder.tokens)
 

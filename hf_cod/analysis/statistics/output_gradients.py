@@ -56,14 +56,17 @@ def measure_loss_weights(
     device = execution_device(stack.model)
     predictions = 0
     with torch.inference_mode(False), evaluation_mode(stack), _OutputSums(stack).attached() as sums:
-        for batch in progress(batches, "gradients", show_progress):
+        for place, batch in enumerate(progress(batches, "gradients", show_progress)):
             batch = to_device(batch, device)
             number = count_predictions(batch, task)
             if number:
                 predictions += number
                 sums.start(stack.mask(batch))
                 with torch.enable_grad():
-                    (mean_loss(stack.model, batch, task) * number).backward()
+                    loss = mean_loss(stack.model, batch, task) * number
+                    if not sums.ran:
+                        raise ValueError(stack.not_run(f"others as batch {place}"))
+                    loss.backward()
     if not predictions:
         raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
     return sums.weights(predictions)
@@ -88,6 +91,11 @@ class _OutputSums:
         """Starts a batch with the mask of its tokens."""
         self.mask = mask
         self._called: set[int] = set()
+
+    @property
+    def ran(self) -> bool:
+        """Whether a layer was called in this batch."""
+        return bool(self._called)
 
     @contextmanager
     def attached(self) -> Iterator[_OutputSums]:

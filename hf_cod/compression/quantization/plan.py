@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.quantizable import quantizable
-from hf_cod.compression.quantization.settings import StorageFields, StorageSettings
+from hf_cod.compression.quantization.settings import BLOCKS, StorageFields, StorageSettings
 from hf_cod.compression.quantization.units import FEW, MANY, Units, ranked, within_budget, within_mean
 from hf_cod.compression.quantization.widths import Size, Width, count_codes, is_width, stored_bits, widths_of
 from hf_cod.functional.bits import BITS
@@ -121,13 +121,13 @@ def plan_bits(
     if expert_scores is not None:
         expert_scores.check(stack)
     weights = sum(map(math.prod, sizes.values()))
-    least, most = (sum(stored_bits(size, width, storage) for size in sizes.values()) for width in BITS)
+    least, most = _range(sizes.values(), storage)
     ends: dict[float, float] = {FEW: least, MANY: most}
     budget = ends.get(bits, bits * weights)
     if not least - _TOLERANCE * weights <= budget <= most + _TOLERANCE * weights:
         raise ValueError(
             f"bits: expected 3, 4, or {least / weights:.3f} to {most / weights:.3f} stored bits a weight, scales "
-            f"included, got {bits}"
+            f"included, got {bits}{_way_out(bits, sizes.values(), storage)}"
         )
     if expert_scores is not None and scores is not None and scores.parts:
         raise ValueError(f"expert_scores: expected none with scores of granularity {scores.granularity}, got some")
@@ -279,3 +279,22 @@ def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
                 f"scores: expected those of a model with {stack.count_weights(index):,} weights in layer {index}, "
                 f"got {weights:,} ({scores.model})"
             )
+
+
+def _range(sizes: Collection[Size], storage: StorageSettings) -> tuple[int, int]:
+    """Stored bits with all matrices in 3 bits, and with all in 4."""
+    few, many = (sum(stored_bits(size, width, storage) for size in sizes) for width in BITS)
+    return few, many
+
+
+def _way_out(bits: float, sizes: Collection[Size], storage: StorageSettings) -> str:
+    """What can be set instead of bits below the range, which padded rows raise: all in 3 bits, or another block."""
+    weights, wanted = sum(map(math.prod, sizes)), []
+    for block in BLOCKS:
+        few, many = _range(sizes, replace(storage, block=block))
+        wanted += [block] if few <= bits * weights <= many else []
+    padded = any(size[-1] % storage.block for size in sizes)
+    if not padded or bits * weights >= _range(sizes, storage)[0]:
+        return ""
+    other = f", or set block {wanted[0]}, with which {bits} can be reached" if wanted else ""
+    return f"; rows are padded to a multiple of block {storage.block}: set bits 3, the smallest size{other}"

@@ -121,6 +121,7 @@ class OwlBnbQuantizer(HfQuantizer):
                 )
             if loaded:
                 check_stored(module, name)
+            module.scales.requires_grad_(False)  # transformers loads tensors of floating point as trainable ones
             self._has_experts = self._has_experts or isinstance(module, QuantizedExperts)
             check_range(module, name, self.quantization_config.compute_dtype or model.dtype)
             if isinstance(module, Linear4bit):

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from hf_cod.io.peft_names import is_misread
+from hf_cod.io.peft_names import is_misread, is_refused
 from hf_cod.layers.adaptable_banks import FLOATS, why_not_adaptable
 from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers
 
+_REFUSED = "PEFT adds no LoRA to modules of this name in models of this type"
 _MISREAD = "PEFT reads its name as that of experts, and its weight is no parameter of numbers"
 
 
@@ -80,12 +81,15 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         ValueError: none is left.
     """
     reasons, sizes, misread = not_adaptable(stack), dict[str, int](), list[str]()
-    is_replaced = cache(partial(is_misread, stack.model))
+    is_replaced, is_left_out = (cache(partial(ask, stack.model)) for ask in (is_misread, is_refused))
     banks: set[str] = set()
     for index in range(len(stack)):
         for name, module in stack.linears(index).items():
             sizes[name] = math.prod(shape_of(module))
-            if lora and name not in reasons and is_replaced(name.rpartition(".")[2]):
+            end = name.rpartition(".")[2]
+            if lora and name not in reasons and is_left_out(end):
+                reasons[name] = _REFUSED
+            if lora and name not in reasons and is_replaced(end):
                 misread.append(name)
                 if not _is_float(getattr(module, "weight", None)):
                     reasons[name] = _MISREAD

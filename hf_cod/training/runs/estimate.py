@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from hf_cod.io.display import one_line
 from hf_cod.training.owlore.bank_increment import BankIncrement
@@ -67,7 +72,7 @@ def estimate_memory(
             of each expert in code of its own.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _model_of(config)(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained, how = METHODS[method].setup(model, None, settings, 0.0, lora_rank)
@@ -83,6 +88,21 @@ def estimate_memory(
     if isinstance(optimizer, OwLoreAdamW) and settings.deselected == "keep":
         return replace(memory, optimizer_state=_state_of_all(optimizer))
     return memory
+
+
+def _model_of(config: Any) -> Callable[..., Any]:
+    """What builds the model that finetune trains: of a model of text and images the whole of it, which reads text.
+
+    Raises:
+        ValueError: neither a causal language model nor one of text and images.
+    """
+    kind, code = type(config), getattr(config, "auto_map", None) or {}
+    if not getattr(config, "is_encoder_decoder", False):
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in code:
+            return AutoModelForCausalLM.from_config
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText.from_config
+    raise ValueError(f"model: expected a causal language model, got the type {config.model_type!r}")
 
 
 @contextmanager

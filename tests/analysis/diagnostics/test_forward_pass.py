@@ -13,7 +13,7 @@ from transformers import (
 
 from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
-from hf_cod import diagnose, find_decoder_layers, perplexity, skip
+from hf_cod import collect_statistics, diagnose, find_decoder_layers, perplexity, plan_ranks, skip
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from tests import references
 from tests.tiny_models import FAMILIES, batch_for, build
@@ -210,12 +210,20 @@ def test_tokens_that_a_model_adds_itself():
             measure_forward(model, [batch], token=token)
 
 
-def test_layers_of_which_none_run_are_refused():
-    model = build_tower()
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, batches: measure_forward(model, batches, layers_path="vision"),
+        lambda model, batches: collect_statistics(model, batches, layers_path="vision"),
+        lambda model, batches: plan_ranks(model, 0.8, "fisher", batches=batches, layers_path="vision"),
+    ],
+)
+def test_layers_of_which_none_run_are_refused(measure):
     with pytest.raises(
-        ValueError, match=r"^batches: expected inputs on which the layers of .*vision.* run, got others"
+        ValueError,
+        match=r"^batches: expected inputs on which the layers of .*vision.* run, got others.*; layers that read images",
     ):
-        measure_forward(model, [{"input_ids": IDS}], layers_path="vision")
+        measure(build_tower(), [{"input_ids": IDS}])
 
 
 def build_tower():

@@ -66,6 +66,19 @@ def test_perplexity_of_an_encoder_decoder_is_that_of_its_labels_and_its_own_loss
     assert task_of(T5EncoderModel(model.config)) == "headless"
 
 
+def test_a_head_is_recognised_under_any_name():
+    """Perplexity is that of the logits, shifted; the models without head of both families have no task."""
+    from transformers import BertGenerationConfig, BertGenerationDecoder, BertGenerationEncoder
+
+    sizes = dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = BertGenerationDecoder(BertGenerationConfig(**sizes, is_decoder=True, pad_token_id=0)).eval()
+    ids = torch.randint(3, 99, (2, 12))
+    assert task_of(model) == "causal_lm" and task_of(BertGenerationEncoder(model.config)) == "headless"
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert perplexity(model, [{"input_ids": ids}]) == pytest.approx(float(losses.exp()), rel=1e-5)
+
+
 def test_an_evaluate_module_counts_as_our_accuracy(tmp_path):
     folder = tmp_path / "agreement"
     folder.mkdir()

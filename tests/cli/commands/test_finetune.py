@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlavaConfig,
+    T5Config,
+)
 
 from hf_cod import LayerScores, OwlBnbConfig, RunReport, pack_sparse, perplexity, prune, quantize, score_layers
 from hf_cod.cli.commands import finetune
@@ -30,7 +37,8 @@ from hf_cod.training.runs.memory import LiveStorages, gradients_counted, state_o
 from hf_cod.training.runs.methods import METHODS, set_up
 from hf_cod.training.runs.trainer import scores_to_draw_by
 from hf_cod.training.runs.training_settings import TrainingSettings
-from tests.tiny_models import MIXTURE_TYPES, MIXTURES, build, build_mixture
+from tests.tiny_models import MIXTURE_TYPES, MIXTURES, build, build_encoder_decoder, build_mixture
+from tests.tiny_tokenizers import gpt_like
 from tests.tiny_training import dies_in_step_five
 
 ANY = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --save-every 2"
@@ -332,6 +340,43 @@ def test_bad_input(more, message, tmp_path, capsys):
     except SystemExit as exit:
         status = exit.code
     assert status == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda: build_encoder_decoder("t5"), "T5ForConditionalGeneration, an encoder-decoder"),
+        (lambda: build("bert"), "BertForMaskedLM, a masked language model"),
+        (lambda: build("bert_headless"), "BertModel, without a head"),
+        (lambda: build("vit"), "ViTForImageClassification, which reads pixel_values"),
+    ],
+)
+def test_what_does_not_continue_text_is_named_with_what_trains_it(make, kind, checkpoint, capsys):
+    model, output = checkpoint / "other", checkpoint / "out"
+    make().save_pretrained(model)
+    gpt_like().save_pretrained(model)
+    capsys.readouterr()
+    assert main(["finetune", str(model), *QUICK.split(), "--output", str(output)]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line or "warning:" in line]
+    assert len(told) == 1 and kind in told[0] and "use hf_cod.owlore with Trainer" in told[0]
+    assert not (output / "report.json").exists()
+    assert main(["finetune", str(model), "--estimate"]) in (0, 2)
+    assert "Unrecognized" not in capsys.readouterr().out
+
+
+def test_a_model_of_text_and_images_is_estimated_whole():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "vocab_size": 99, **sizes},
+        vision_config={"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **sizes},
+        image_token_id=5,
+    )
+    how = {"micro_batch_size": 2, "sequence_length": 16}
+    found = estimate_memory(config, "full", OwLoreSettings(), **how)
+    weights = sum(p.nbytes for p in AutoModelForImageTextToText.from_config(config).parameters())
+    assert found.weights == pytest.approx(weights, rel=0.01)
+    with pytest.raises(ValueError, match="model: expected a causal language model, got the type 't5'"):
+        estimate_memory(T5Config(), "full", OwLoreSettings(), **how)
 
 
 def test_a_training_whose_memory_cannot_be_estimated_goes_on(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,11 @@
 """hf-cod score: statistics and scores, and what of them is kept."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from hf_cod import ExpertScores
 from hf_cod.analysis.statistics import layer_statistics
@@ -42,6 +45,18 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
     assert "statistics: expected none with method angular, which does not use them, got" in shown
     assert not (checkpoint / "second-3").exists(), "what nobody checked is not copied"
+
+
+def test_scores_of_an_adapter_have_its_name(checkpoint, capsys, caplog):
+    adapter = checkpoint / "tuned"
+    get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(checkpoint / "model")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    output = str(checkpoint / "out")
+    assert main(["score", str(adapter), "--text", str(checkpoint / "text.txt"), *QUICK, "--output", output]) == 0
+    assert "used on" not in caplog.text + capsys.readouterr().err
+    assert RunReport.load(output).model == Path(LayerScores.load(f"{output}/scores.json").model).name == "tuned"
 
 
 def test_importance_matrices_are_written_and_read(checkpoint, capsys):

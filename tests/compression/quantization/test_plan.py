@@ -71,6 +71,16 @@ def test_bits_that_cannot_be_meant(bits):
         OwlBnbConfig(bits=bits)
 
 
+def test_a_budget_below_that_of_padded_rows_comes_with_a_way_out():
+    model = build("llama", hidden_size=96, intermediate_size=96)
+    way = "rows are padded to a multiple of block 64: set bits 3, the smallest size, or set block 32, with which 3.5"
+    with pytest.raises(ValueError, match=rf"got 3.5; {way} can be reached$"):
+        plan_bits(model, 3.5)
+    assert {*plan_bits(model, 3).bits.values()} == {3} and plan_bits(model, 3.5, block=32).stored <= 3.5
+    with pytest.raises(ValueError, match=r"got 3.5; rows are padded .*: set bits 3, the smallest size$"):
+        plan_bits(build("llama", hidden_size=40, intermediate_size=40), 3.5)
+
+
 def test_bits_out_of_reach():
     with pytest.raises(ValueError, match=r"bits: expected 3, 4, or 3\.1\d\d to 4\.1\d\d stored bits .*, got 4.7"):
         quantize(llama(), OwlBnbConfig(bits=4.7))

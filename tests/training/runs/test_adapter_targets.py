@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config
 
 from hf_cod import LayerScores, OwLoreAdamW, find_decoder_layers, lora_ranks, perplexity, quantize
 from hf_cod.io.packing import pack
@@ -95,7 +95,7 @@ def test_each_expert_has_a_product_of_its_own(kind):
 LOADS = """
 import sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config
 folder = sys.argv[1]
 ids = torch.load(folder + "/ids.pt")
 for kind in sys.argv[2].split():
@@ -191,3 +191,30 @@ def test_a_learned_text_of_the_real_mixture(mixture):
             optimizer.step()
             optimizer.zero_grad()
     assert perplexity(wrapped.merge_and_unload(), batches) < 0.95 * before
+
+
+@pytest.mark.parametrize("method", ["lora", "owlore-peft"])
+def test_what_peft_refuses_gets_no_adapter_and_is_counted(method):
+    """PEFT adds no LoRA to the output projections of Mamba; OwLore's adapters learn on them."""
+    model = AutoModelForCausalLM.from_config(
+        FalconH1Config(
+            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            head_dim=16, num_key_value_heads=1, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+            mamba_chunk_size=8,
+        )
+    )  # fmt: skip
+    before = copy.deepcopy(model)
+    stack, settings = find_decoder_layers(model), OwLoreSettings(rank=2, n_active=2)
+    targets, notes = adapter_targets(stack, lora=method == "lora"), adapter_notes(method, stack, settings)
+    refused = [f"model.layers.{i}.mamba.out_proj" for i in (0, 1)] if method == "lora" else []
+    assert [*targets.left] == refused and ("PEFT adds no LoRA" in " ".join(notes)) == bool(refused)
+    scores = LayerScores("tiny", "owl", [1.0, 1.0], sizes_of(stack))
+    wrapped, optimizer = set_up(method, model, scores, settings, 1e-2, 2)
+    for _ in range(3):
+        wrapped.train()(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    merged = wrapped.merge_and_unload()
+    for (name, W), (_, old) in zip(merged.named_parameters(), before.named_parameters(), strict=True):
+        if name.endswith("out_proj.weight"):
+            assert torch.equal(W, old) == (method == "lora"), name
