@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from hf_cod.io.display import one_line
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import as_found
+
+logger = logging.getLogger(__name__)
 
 # Number of measured rounds, tokens generated in each, and the default length of the prompt: with these a model of 135M
 # parameters takes a few seconds on one core.
@@ -100,13 +105,33 @@ def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float 
         model(prompt)[0].flatten()[-1].item()  # item() waits for the device
         return time.perf_counter() - start, None
     clock = _Clock()
-    with _greedy(model, 1 + new_tokens):
-        begin = time.perf_counter()
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock)
+    try:
+        with _greedy(model, 1 + new_tokens):
+            begin = time.perf_counter()
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock)
+    except (IndexError, AttributeError, KeyError, TypeError, NotImplementedError) as error:
+        return _without_generation(model, prompt, error)
     start, first, *_, last = clock.times
     # The encoder of an encoder-decoder has read the prompt before the first call.
     start = begin if getattr(model.config, "is_encoder_decoder", False) else start
     return first - start, (last - first) / new_tokens
+
+
+def _without_generation(model: Any, prompt: Tensor, error: Exception) -> tuple[float, None]:
+    """The time of the prompt for a model that claims to generate, but fails when it does."""
+    _warn_once(f"generation is not timed: {type(model).__name__} cannot generate ({one_line(error)})")
+    inputs = {"input_ids": prompt}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = prompt[:, :1]
+    start = time.perf_counter()
+    model(**inputs, use_cache=False)[0].flatten()[-1].item()
+    return time.perf_counter() - start, None
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """A model fails in each round."""
+    logger.warning(text)
 
 
 class _Clock(BaseStreamer):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_cod.functional.channels import rows_of
+from hf_cod.io.display import one_line
 from hf_cod.layers.expert_units import ALIGNED, ExpertUnits, kept_of_experts, set_sizes, zero_experts
 from hf_cod.layers.layer_copies import LayerCopy
 from hf_cod.layers.orientation import is_linear, turned
@@ -60,7 +61,7 @@ def _wrong(taken: LayerCopy, units: Units, kept: Tensor, zeroed: Tensor, intact:
         set_sizes(made.layer, units, len(kept), _fewer(made.layer, units, kept))
         got = made.run()
     except Exception as error:  # whatever a module raises with shapes that it does not expect
-        return f"it fails with fewer {units.kind} ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
+        return f"it fails with fewer {units.kind} ({type(error).__name__}: {one_line(str(error))[:200]})"
     if got.shape != zeroed.shape or not got.isfinite().all():
         return f"with fewer {units.kind} its outputs have another shape, or are not finite"
     effect = float((zeroed - intact).abs().max())

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
 from hf_cod.layers.speed import measure_speed
 from hf_cod.layers.stack import find_decoder_layers
@@ -53,3 +54,13 @@ def test_what_does_not_generate_reads_alone(return_dict, slowed):
 def test_there_are_positions_for_what_is_generated(positions, read):
     model = build("gpt2", n_positions=positions)
     assert measure_speed({"gpt2": find_decoder_layers(model)}, PROMPT, 1, 3)["gpt2"].prompt_tokens == read
+
+
+def test_a_model_that_fails_when_it_generates_is_timed_on_its_prompt(caplog):
+    """transformers gives the cache of LongT5 as many layers as the encoder has."""
+    shape = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "local_radius": 4}
+    config = CONFIG_MAPPING["longt5"](**shape, num_layers=2, num_decoder_layers=3, decoder_start_token_id=0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    found = measure_speed({"intact": find_decoder_layers(model)}, torch.arange(1, 9)[None], rounds=2)["intact"]
+    assert len(found.prompt) == 2 and found.generation == [] and found.medians()["generation"] is None
+    assert caplog.text.count("generation is not timed: LongT5ForConditionalGeneration cannot generate") == 1
