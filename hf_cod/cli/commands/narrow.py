@@ -17,6 +17,7 @@ from hf_cod.scoring.settings import METHODS as SCORES
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.units import LayerUnits
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
 
@@ -94,18 +95,35 @@ class Narrow(Step):
     command, done = "narrow", "narrowed"
 
     def check(self, work: Work) -> None:
-        """Checks that the matrices can be replaced by others, and the result can be saved."""
+        """Checks that the matrices can be replaced by others, the result can be saved, and that each layer can keep the
+        share."""
+        from hf_cod.compression.width.planning import plan_of_units
         from hf_cod.layers.checks import check_reshapeable
 
         check_reshapeable(work.stack, "narrow")
+        plan_of_units(work.stack, self._units(work), self.settings.parameter_share, self.settings.channel_multiple)
+
+    def _units(self, work: Work) -> list[LayerUnits]:
+        """The heads and channels that may be removed."""
+        from hf_cod.compression.width.planning import without_excluded
+        from hf_cod.io.module_names import ModuleSettings
+        from hf_cod.layers.module_choice import choose_modules
+        from hf_cod.layers.unit_discovery import find_all_units
+
+        names = ModuleSettings(**given_names(self.settings))
+        return without_excluded(find_all_units(work.stack), choose_modules(work.stack, names))
 
     def plan(self, work: Work) -> Any:
         """For each layer, the share of weights to keep."""
+        from hf_cod.compression.width.width_plan import within_reach
+
         share = self.settings.parameter_share
         # sensitivity and auto evaluate sparsity plans: the closest approximation of narrowing.
         tried = {"target": 1 - share} if share < 1 else {}
         scores = work.score(self.settings.score or _default_score(work), **tried)
-        return self.settings.allocate(scores)
+        return within_reach(
+            work.stack, self._units(work), self.settings.allocate(scores), self.settings.channel_multiple
+        )
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same share for all layers."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hf_cod.compression.width.settings import check_channel_multiple
 from hf_cod.functional.widths import Layer, Widths, choose_widths
@@ -14,6 +15,8 @@ from hf_cod.layers.expert_units import ALIGNED
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, LayerUnits, Units
 from hf_cod.scoring.allocation import LayerAllocation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,36 @@ def plan_of_allocation(
     )
 
 
+def within_reach(
+    stack: DecoderLayers, units: list[LayerUnits], allocation: LayerAllocation, channel_multiple: int
+) -> LayerAllocation:
+    """The allocation with each share at least the least possible one of its layer; the others give what that takes.
+
+    A warning names the layers. An allocation whose budget no layer could keep by itself is returned as it is.
+    """
+    totals = [stack.count_weights(index) for index in range(len(stack))]
+    least = [
+        _least_weights(total, _layer(found), channel_multiple) / max(1, total)
+        for total, found in zip(totals, units, strict=True)
+    ]
+    raised = [i for i, share in enumerate(allocation.values) if share < least[i] - 1e-6]
+    if not raised or max(least) > allocation.budget:
+        return allocation
+
+    def lowered(by: float) -> list[float]:
+        return [max(low, share - by) for low, share in zip(least, allocation.values, strict=True)]
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        by = (low + high) / 2
+        low, high = (by, high) if replace(allocation, values=lowered(by)).mean > allocation.mean else (low, by)
+    logger.warning(
+        "parameter_share: layers %s keep the least share that they can; the others keep less than by their scores",
+        ", ".join(map(str, raised)),
+    )
+    return replace(allocation, values=lowered(high))
+
+
 def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:
     """For each layer: kind -> number of kept units, for the kinds of which some are removed.
 
@@ -129,6 +162,10 @@ def _layer(units: LayerUnits) -> Layer:
     return Layer(full, a, b, d, ALIGNED)
 
 
+def _least_weights(total: int, layer: Layer, multiple: int) -> float:
+    return total - layer.count(layer.full) + layer.count(layer.least(multiple))
+
+
 def _share_of_units(
     stack: DecoderLayers, index: int, layer: Layer, share: float, multiple: int, whole: list[str]
 ) -> float:
@@ -136,7 +173,7 @@ def _share_of_units(
     if not 0 <= share <= 1 or math.isnan(share):
         raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
     total, own = stack.count_weights(index), layer.count(layer.full)
-    least = total - own + layer.count(layer.least(multiple))
+    least = _least_weights(total, layer, multiple)
     # Shares that are computed from a sum have rounding errors.
     if share * total < least - 1e-6 * total:
         raise ValueError(

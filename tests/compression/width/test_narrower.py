@@ -23,12 +23,13 @@ from hf_cod import (
 from hf_cod.analysis.statistics.input_products import MomentsRecorder
 from hf_cod.compression.width.gradients import measure_taylor
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS
-from hf_cod.compression.width.width_plan import plan_of_allocation
+from hf_cod.compression.width.width_plan import plan_of_allocation, within_reach
 from hf_cod.functional.channels import DAMPING, fluctuation
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.unit_discovery import find_all_units, find_units
+from hf_cod.scoring.allocation import same_share
 from tests import references
 from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
@@ -507,3 +508,18 @@ def test_least_squares_saves_a_real_model(smollm2, brown_text):
         assert 0.79 < report.results["parameter_share"] < 0.81
         found[compensation] = perplexity(model, measuring)
     assert intact < found["least_squares"] < found["none"]
+
+
+def test_shares_that_a_layer_cannot_keep_are_raised_and_the_others_give_that(caplog):
+    model = build("llama")
+    stack = find_decoder_layers(model)
+    units = find_all_units(stack)
+    uneven = replace(same_share(stack, 0.7), values=[0.02, *[0.7 + 0.68 / (len(stack) - 1)] * (len(stack) - 1)])
+    with pytest.raises(ValueError, match="parameter_share: expected at least"):
+        plan_of_allocation(stack, units, uneven, 1)
+    met = within_reach(stack, units, uneven, 1)
+    assert met.mean == pytest.approx(0.7) and met.values[0] > 0.02 and max(met.values[1:]) < uneven.values[1]
+    assert "layers 0 keep the least share that they can" in caplog.text
+    plan_of_allocation(stack, units, met, 1)
+    even = same_share(stack, 0.7)
+    assert within_reach(stack, units, even, 1) is even
