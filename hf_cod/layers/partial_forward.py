@@ -20,7 +20,13 @@ State = tuple[Tensor, tuple[Any, ...] | None]
 """The output of a layer: its hidden state (S, T, d), and the other elements if it returns a tuple or list."""
 
 
-def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], before: State | None) -> State:
+def run_layer(
+    stack: DecoderLayers,
+    layer: int,
+    inputs: Mapping[str, Tensor],
+    before: State | None,
+    finished: int | None = None,
+) -> State:
     """Runs one layer of the stack inside the model's forward, without the head.
 
     Args:
@@ -28,11 +34,12 @@ def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], be
         layer: index of the layer.
         inputs: inputs of the model's forward.
         before: output of the layer before; None for layer 0, which gets the model's embeddings of the inputs.
+        finished: as in `running_only`.
 
     Returns:
         The output of the layer.
     """
-    with running_only(stack, range(layer, layer + 1), before) as outputs:
+    with running_only(stack, range(layer, layer + 1), before, finished) as outputs:
         stack.trunk(**inputs)
     if outputs:
         return outputs[-1]
@@ -42,11 +49,21 @@ def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], be
 
 
 @contextmanager
-def running_only(stack: DecoderLayers, layers: range, before: State | None) -> Iterator[list[State]]:
+def running_only(
+    stack: DecoderLayers, layers: range, before: State | None, finished: int | None = None
+) -> Iterator[list[State]]:
     """Within the block the model's forward runs only these layers.
 
     The first one gets `before` as its input, and the output of the last one bypasses all later layers. That output is
     appended to the list.
+
+    Args:
+        stack: the layers.
+        layers: those that run.
+        before: the state before the first of them; None for the model's embeddings.
+        finished: the number of layers after which `before` was taken, if some are removed between it and the first of
+            `layers`; default: all before that one. Removed layers return their input, to which the model may have done
+            something after the layer before: DeBERTa-v2 has a convolution there.
 
     Raises:
         ValueError: the model runs the last of them several times.
@@ -60,10 +77,12 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
 
     passages = OrderedDict(stack.module_list._modules)
     rest = None if before is None else before[1]
+    done = layers.start if finished is None else finished
     for i in range(len(stack)):
         if i < layers.start:
             # In place of each, because the model may pass over the last one.
-            passages[str(i)] = Passage(stack[i], None if before is None else before[0], lambda: rest)
+            stored = before[0] if before is not None and i < done else None
+            passages[str(i)] = Passage(stack[i], stored, lambda: rest)
         elif i >= layers.stop:
             passages[str(i)] = Passage(stack[i], None, lambda: outputs[-1][1] if outputs else rest)
     handles = [stack[i].register_forward_hook(keep) for i in layers[-1:]]

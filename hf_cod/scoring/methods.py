@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.parts import parts_of
+from hf_cod.layers.removal.refusals import why_not_skipped
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.task import task_of
@@ -38,6 +40,8 @@ from hf_cod.scoring.pruning_probe import PruningProbe
 from hf_cod.scoring.request import PROBE_SAMPLES, TINY, Request, seen_matrices, statistics_of
 from hf_cod.scoring.settings import CODEBOOK, OPTIONS, ScoreFields, ScoreSettings
 from hf_cod.scoring.settings import METHODS as ROWS
+
+logger = logging.getLogger(__name__)
 
 
 @checked
@@ -166,7 +170,19 @@ def _layer_drop(request: Request) -> list[float]:
     assert request.batches is not None
     metric = find_metric(None, task_of(request.model, request.batches))
     intact, without = measure_layer_drop(request.model, request.batches, metric, **request.options)
-    return [as_loss(metric, value) - as_loss(metric, intact) for value in without]
+    costs = {i: as_loss(metric, each) - as_loss(metric, intact) for i, each in enumerate(without) if each is not None}
+    left = [i for i in range(len(without)) if i not in costs]
+    if left:
+        why = why_not_skipped(request.stack, left[0])
+        if not costs:
+            raise ValueError(why)
+        logger.warning(
+            "layer_drop: layers %s get the largest score of the others, as the model does not run without them: %s",
+            ", ".join(map(str, left)),
+            why,
+        )
+        request.found["not_removable"] = left
+    return [costs.get(i, max(costs.values())) for i in range(len(without))]
 
 
 def _weight_norm(request: Request) -> list[float]:

@@ -10,15 +10,14 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from hf_cod.analysis.diagnostics.drop_results import report_layer_drop
 from hf_cod.analysis.diagnostics.findings import summarize
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from hf_cod.analysis.diagnostics.forward_results import forward_results, keep_intervals, repeated_notes
 from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop
 from hf_cod.analysis.diagnostics.generation_results import generation_figures
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
-from hf_cod.analysis.diagnostics.intervals import drop_ends
 from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward, check_norms
-from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.generation.sources import listed
@@ -254,16 +253,7 @@ def _measure(
         report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
     if "layer_drop" in wanted:
         journal = journals.of("layer_drop", metric.identity, *where) if metric.identity else Journal(None, "")
-        intact, without = measure_layer_drop(model, batches, metric, journal, **options)
-        report.layers["layer_drop"] = [value - intact for value in without]
-        report.results["layer_drop"] = {
-            "metric": metric.name,
-            "lower_is_better": metric.lower_is_better,
-            "intact": intact,
-            "without": without,
-        }
-        ends = drop_ends(journal, [keys_of(layer, len(batches)) for layer in range(len(without))], metric, chosen.seed)
-        keep_intervals(report.results, layer_drop=ends)
+        report_layer_drop(report, stack, batches, metric, journal, chosen.seed, options)
 
 
 def _measure_generation(

@@ -76,7 +76,7 @@ def _layer_drop(report: RunReport) -> str:
     drop: dict[str, Any] = report.results["layer_drop"]
     sign = 1 if drop["lower_is_better"] else -1
     # Sorted by the damage of removal, the largest first.
-    measured = [i for i, value in enumerate(report.layers["layer_drop"]) if value == value]
+    measured = [i for i, value in enumerate(report.layers["layer_drop"]) if value is not None and value == value]
     order = sorted(measured, key=lambda i: -sign * report.layers["layer_drop"][i])
     if not order:
         return f"Without any single layer, {drop['metric']} is not a number."

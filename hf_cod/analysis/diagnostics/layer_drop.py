@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from hf_cod.layers.independence import check_independent, reads_several_states, 
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import State, check_finite, layer_states, passed_over, returned_beside, running_only
 from hf_cod.layers.removal.drop import skip
+from hf_cod.layers.removal.refusals import why_not_skipped
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 
@@ -34,7 +35,7 @@ def measure_layer_drop(
     *,
     layers_path: str | None = None,
     show_progress: bool = False,
-) -> tuple[float, list[float]]:
+) -> tuple[float, list[float | None]]:
     """The metric of the intact model, and of the model without each single layer.
 
         Delta P^(l) = P_without_layer_l - P_intact            (arXiv 2502.05795, performance drop)
@@ -55,7 +56,7 @@ def measure_layer_drop(
         show_progress: show a progress bar.
 
     Returns:
-        P_intact, and P_without_layer_l for each layer.
+        P_intact, and P_without_layer_l for each layer; None for a layer without which the model cannot be run.
 
     Raises:
         ValueError: the metric failed; says for which batch and layer. The journal keeps earlier results. Layers that
@@ -66,7 +67,8 @@ def measure_layer_drop(
     check_independent(stack, "layer_drop", batches)
     journal = Journal(None, "") if journal is None else journal
     whole = reads_several_states(stack, batches)
-    measure = _measure_loops if runs_several_times(stack, batches) else partial(_measure_batch, whole)
+    refused = cache(partial(_refused, stack))
+    measure = _measure_loops if runs_several_times(stack, batches) else partial(_measure_batch, whole, refused)
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
     with torch.no_grad(), evaluation_mode(stack), bar:
@@ -76,15 +78,27 @@ def measure_layer_drop(
                 bar.update(len(stack) + 1)
             else:
                 measure(stack, number, to_device(batch, device), metric, journal, bar)
-    values = [_value(journal, metric, len(batches), layer) for layer in range(-1, len(stack))]
-    return values[0], values[1:]
+    intact = _value(journal, metric, len(batches), -1)
+    known = [_key(0, layer) in journal for layer in range(len(stack))]
+    return intact, [_value(journal, metric, len(batches), i) if has else None for i, has in enumerate(known)]
+
+
+def _refused(stack: DecoderLayers, layer: int) -> bool:
+    return why_not_skipped(stack, layer) is not None
 
 
 def _measure_batch(
-    whole: bool, stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any
+    whole: bool,
+    refused: Callable[[int], bool],
+    stack: DecoderLayers,
+    number: int,
+    batch: Batch,
+    metric: Metric,
+    journal: Journal,
+    bar: Any,
 ) -> None:
     """Runs the intact model, then each removal that the journal lacks, from the hidden states of the intact model, or
-    the whole model."""
+    the whole model. A removal that requires `skip` is left out where `skip` refuses it."""
     with layer_states(stack) as states:
         intact, read = run_for_metric(stack, metric, batch)
     check_finite(states, number)
@@ -93,7 +107,8 @@ def _measure_batch(
     del intact  # logits are large
     bar.update()
     for layer in range(len(stack)):
-        if _key(number, layer) not in journal:
+        possible = not _requires_skip(layer, states[layer]) or not refused(layer)
+        if possible and _key(number, layer) not in journal:
             with _without(stack, layer, states[layer], whole):
                 outputs, read = run_for_metric(stack, metric, batch)
             _record(journal, metric, number, layer, outputs, read, reference)
@@ -119,11 +134,16 @@ def _measure_loops(stack: DecoderLayers, number: int, batch: Batch, metric: Metr
 
 def _without(stack: DecoderLayers, layer: int, before: State, whole: bool) -> AbstractContextManager[Any]:
     """Within the block the model runs without a layer, from the state before it or as a whole."""
-    if layer == 0 and before[1] is not None:
-        return skip(stack.model, 0, stack.layers_path)
+    if _requires_skip(layer, before):
+        return skip(stack.model, layer, stack.layers_path)
     if whole:
         return passed_over(stack, {layer: before[1]})
-    return running_only(stack, range(layer + 1, len(stack)), before)
+    return running_only(stack, range(layer + 1, len(stack)), before, layer)
+
+
+def _requires_skip(layer: int, before: State) -> bool:
+    """Whether later layers get what only the first one returns beside its hidden state."""
+    return layer == 0 and before[1] is not None
 
 
 def _key(batch: int, layer: int) -> str:

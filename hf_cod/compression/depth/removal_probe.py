@@ -92,20 +92,22 @@ class RemovalProbe:
         if self._whole:
             yield from self._by_whole_runs(batch, removals)
             return
-        waiting: list[tuple[int, Any, list[Removed]]] = [(0, states[0], removals)] if removals else []
+        # (next layer, state, layers after which it was taken, removals)
+        waiting: list[tuple[int, Any, int, list[Removed]]] = [(0, states[0], 0, removals)] if removals else []
         del states
         while waiting:
-            layer, state, together = waiting.pop()
+            layer, state, finished, together = waiting.pop()
             while layer < len(stack):
                 without = [removed for removed in together if layer in removed]
                 if without and len(without) < len(together):
-                    waiting.append((layer, state, [removed for removed in together if layer not in removed]))
+                    others = [removed for removed in together if layer not in removed]
+                    waiting.append((layer, state, finished, others))
                     together = without
                 if not without:
-                    state = run_layer(stack, layer, inputs, state)
+                    state, finished = run_layer(stack, layer, inputs, state, finished), layer + 1
                 layer += 1
             (removed,) = together
-            with running_only(stack, range(layer, layer), state):
+            with running_only(stack, range(layer, layer), state, finished):
                 yield removed, run_for_metric(stack, self._metric, batch)
 
     def _without_first(self, batch: Batch, removals: list[Removed]) -> Iterator[tuple[Removed, tuple[Any, Batch]]]:

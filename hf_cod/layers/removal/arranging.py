@@ -63,7 +63,8 @@ def arranged(model: nn.Module, ordering: Ordering, layers_path: str | None) -> I
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
-            lists, tables, runs = _arrange(stack, order, changes)
+            with building_errors(stack.model):
+                lists, tables, runs = _arrange(stack, order, changes)
             if runs.possible and not runs.ran:  # then the config alone says whether the layers fit each other
                 check_config_builds(stack, tables.shapes)
             pin_lists(stack.config, lists, changes)

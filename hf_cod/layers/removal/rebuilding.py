@@ -40,9 +40,15 @@ def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]
         if told:
             raise ValueError(
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
-                f"of which it would build layer {index} differently ({told}); remove whole periods of the "
-                "pattern of layers, or use skip"
+                f"of which it would build layer {index} differently ({told}); {_way_out(told, index)}, or use skip"
             )
+
+
+def _way_out(told: Difference, index: int) -> str:
+    """Which layers can be removed where a kept layer at `index` differs from the one that the config builds."""
+    if type(told.mine) is int and told.other == index and told.mine != index:
+        return "each layer holds its own index there, so only the last layers can be removed"
+    return "remove whole periods of the pattern of layers"
 
 
 def scale_numbers(stack: DecoderLayers, changes: Changes) -> bool:

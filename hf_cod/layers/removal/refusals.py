@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hf_cod.layers.removal.drop import check_drop
+from hf_cod.layers.removal.drop import check_drop, skip
 from hf_cod.layers.stack import DecoderLayers
 
 
@@ -30,6 +30,15 @@ def refused_layers(stack: DecoderLayers, layers: Sequence[int], n_removed: int) 
         if free and any(i in found for i in block) and why_refused(stack, block) is None:
             found = {i: why for i, why in found.items() if i not in block}
     return {} if n_removed > 1 and len(found) == len(layers) else found
+
+
+def why_not_skipped(stack: DecoderLayers, layer: int) -> str | None:
+    """Why `skip` cannot run the model without this layer; None if it can."""
+    try:
+        with skip(stack.model, layer, stack.layers_path):
+            return None
+    except ValueError as error:
+        return str(error)
 
 
 def why_refused(stack: DecoderLayers, layers: Iterable[int]) -> str | None:

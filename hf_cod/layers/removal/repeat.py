@@ -17,6 +17,7 @@ from hf_cod.layers.stack import DecoderLayers
 WORDS = {
     "kept layer": "layer",
     "remove whole periods": "repeat whole periods",
+    "so only the last layers can be removed": "so layers cannot be repeated",
     "remove layers of the decoder": "repeat layers of the encoder",
     "use skip": "use repeated",
 }

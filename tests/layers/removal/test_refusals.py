@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ModernBertConfig, ModernBertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
 
 from examples.tiny_architectures import tiny_config
 from hf_cod import drop, plan_depth
@@ -74,3 +80,18 @@ def test_a_set_of_layers_that_is_passed_over_is_named(caplog):
     plan = plan_depth(model, 2, batches=[batch], protect=False)
     assert plan.candidates["greedy"]["layers"] == [0, 2] and plan.chosen == ["angular"]
     assert "layers 0, 2 are not removed together: layers: expected kept layers" in caplog.text
+
+
+def test_layers_that_hold_their_own_index_under_another_name():
+    """Such as those of a user's own code; no config can describe other indices."""
+
+    class Numbered(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            for index, layer in enumerate(self.model.layers):
+                layer.position = index
+
+    model = Numbered(LlamaConfig(**SIZES, num_hidden_layers=3))
+    with pytest.raises(ValueError, match="each layer holds its own index there, so only the last layers can be rem"):
+        drop(model, 1)
+    assert drop(model, 2) == [0, 1]
