@@ -21,10 +21,11 @@ from hf_cod.cli.output import require_plots, say_written, write_model
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import with_inputs
 from hf_cod.cli.samples import check_texts, split_text, trained_on
-from hf_cod.cli.settings import ResultsOutput
+from hf_cod.cli.settings import LimitedModelSettings, ResultsOutput
 from hf_cod.cli.step import BASELINES, Step
 from hf_cod.cli.work import Work
 from hf_cod.io.display import say
+from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.module_names import without_unset
 from hf_cod.io.output_checks import check_unused
 from hf_cod.io.output_directory import OutputDirectory
@@ -56,9 +57,12 @@ def compress(
         require_plots()
     check_texts(text, step.samples().eval_text)
     scores = getattr(files, "scores", None)
+    limit = None
+    if isinstance(loading, LimitedModelSettings):  # the results do not depend on it
+        limit, loading = loading.limit(), loading.without_limit()
     told = [step.command, source, asdict(loading), without_unset(asdict(text)), step.identity(), scores]
     output = OutputDirectory(directory, told, check=check_unused, source=source)
-    work = partial(run, step, source, loading, text, scores_file=scores)
+    work = partial(run, step, source, loading, text, scores_file=scores, limit=limit)
     if write_model(output, work, files, spent=OutputDirectory.journaled) is None:
         say(f"\nno model was written; measurements are kept in {directory.resolve()}")
     else:
@@ -73,13 +77,15 @@ def run(
     text: TextSettings,
     output: OutputDirectory,
     scores_file: str | None = None,
+    limit: MemoryLimit | None = None,
 ) -> RunReport | None:
     """Runs the pipeline; saves the model, its scores and the files of the step in the results of `output`.
 
     Returns:
         The report, which is not saved yet; None if the step has no plan to apply.
     """
-    work = Work(source, loading, step.settings, output.journal, scores_file)
+    work = Work(source, loading, step.settings, output.journal, scores_file, limit)
+    work.check_memory(step.in_memory())
     output.require(int(step.disk_share() * bytes_of(work.model)))
     step.check(work)
     work.calibration, work.evaluation = split_text(work.model, work.tokenizer, text, step.samples())

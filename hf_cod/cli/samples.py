@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
+from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.models import load_model
 from hf_cod.io.rows import text_notes
 from hf_cod.io.settings import ModelSettings, TextSettings
@@ -28,7 +29,11 @@ TRAININGS = ("finetune", "heal")
 
 
 def load_with_tokenizer(
-    source: str, loading: ModelSettings, instead: str = "hf_cod in Python", adapters: bool = False
+    source: str,
+    loading: ModelSettings,
+    instead: str = "hf_cod in Python",
+    adapters: bool = False,
+    limit: MemoryLimit | None = None,
 ) -> tuple[nn.Module, Any]:
     """Loads a model and its tokenizer.
 
@@ -36,6 +41,7 @@ def load_with_tokenizer(
         source: Hub id, directory or GGUF file.
         loading: settings of model loading.
         instead: what to use for a model without tokenizer; part of the error message.
+        limit: of memory, see `load_model`.
         adapters: whether adapters that are not merged are accepted, because the model is only measured.
 
     Raises:
@@ -43,7 +49,7 @@ def load_with_tokenizer(
             has an adapter (see `check_without_adapter`).
     """
     with busy(f"loading {model_title(source)}"):
-        model, tokenizer = load_model(source, loading)
+        model, tokenizer = load_model(source, loading, limit=limit)
     if not adapters:
         check_without_adapter(model, source)
     if tokenizer is None:

@@ -67,6 +67,10 @@ class Step(ABC):
             del given["search"], given["search_passes"]
         return {self.earlier.get(name, name): value for name, value in given.items()}
 
+    def in_memory(self) -> str | None:
+        """The option because of which the step requires weights in memory; None if they may stay in files."""
+        return None
+
     def disk_share(self) -> float:
         """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""
         return 0.1

@@ -12,7 +12,9 @@ from hf_cod.cli.parser import model_title
 from hf_cod.cli.samples import load_with_tokenizer
 from hf_cod.compression.search.planning import search_plan
 from hf_cod.compression.search.settings import SearchSettings
+from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.models import load_model
+from hf_cod.io.offloaded import offloaded_weights
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
@@ -47,11 +49,17 @@ class Work:
     evaluation: Sequence[Batch]
 
     def __init__(
-        self, source: str, loading: ModelSettings, settings: Any, journal: Path, scores_file: str | None = None
+        self,
+        source: str,
+        loading: ModelSettings,
+        settings: Any,
+        journal: Path,
+        scores_file: str | None = None,
+        limit: MemoryLimit | None = None,
     ) -> None:
         self.scores = None if scores_file is None else read_scores(scores_file)
-        self.source, self._loading, self.settings = source, loading, settings
-        self.model, self.tokenizer = load_with_tokenizer(source, loading)
+        self.source, self._loading, self._limit, self.settings = source, loading, limit, settings
+        self.model, self.tokenizer = load_with_tokenizer(source, loading, limit=limit)
         check_unquantized(self.model, source)
         self.whole = WholeCheckpoint(source, loading, self.model, self.tokenizer)
         self.name = model_title(source)
@@ -70,6 +78,15 @@ class Work:
         """The layers of the current model."""
         return find_decoder_layers(self.model, self.settings.layers_path)
 
+    def check_memory(self, reason: str | None) -> None:
+        """Checks that the weights are in memory if an option, `reason`, requires that.
+
+        Raises:
+            ValueError: they stay in files.
+        """
+        if reason is not None and offloaded_weights(self.model) is not None:
+            raise ValueError(f"max_memory: expected a limit of at least twice the weights with {reason}")
+
     def renew(self) -> None:
         """Replaces the current model by the intact model."""
         self.model = None
@@ -78,13 +95,13 @@ class Work:
     def load(self) -> Any:
         """Loads the intact model."""
         with busy(f"loading {self.name}"):
-            return load_model(self.source, self._loading)[0]
+            return load_model(self.source, self._loading, limit=self._limit)[0]
 
     def reload(self, directory: Path) -> None:
         """Replaces the current model by the saved one."""
         self.model = None
         with busy("loading the saved model"):
-            self.model = load_model(str(directory), replace(self._loading, revision="main"))[0]
+            self.model = load_model(str(directory), replace(self._loading, revision="main"), limit=self._limit)[0]
 
     def score(self, method: str, **chosen: Any) -> LayerScores:
         """The scores from the file if one was passed, else those computed by a method with the command's settings."""

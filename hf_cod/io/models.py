@@ -20,7 +20,9 @@ from hf_cod.io.display import one_line
 from hf_cod.io.gguf_file import require_gguf
 from hf_cod.io.inputs import check_model_path
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
+from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.model_config import building, check_model_config
+from hf_cod.io.offloaded import IN_FILES, offloading_silenced, weights_can_change
 from hf_cod.io.quantized import naming_package
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
 from hf_cod.models.stored_config import clear_quantized
@@ -43,7 +45,11 @@ TOKENIZER_FILES = (
 
 
 def load_model(
-    name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]
+    name: str,
+    settings: ModelSettings | None = None,
+    *,
+    limit: MemoryLimit | None = None,
+    **fields: Unpack[ModelFields],
 ) -> tuple[nn.Module, Any]:
     """Loads a model in eval mode, with the head of its checkpoint, and its tokenizer.
 
@@ -54,6 +60,7 @@ def load_model(
         name: a Hub id, a directory, or a path that ends in ".gguf". The directory of an adapter stands for its base
             with the adapter: merged, or as a PEFT model if the base is quantized.
         settings: dtype, device, revision and trust_remote_code.
+        limit: of memory; weights of a model that exceeds it stay in its files (`io/offloaded.py`).
         **fields: fields of `ModelSettings` as keywords; they override `settings`.
 
     Returns:
@@ -61,7 +68,8 @@ def load_model(
 
     Raises:
         ValueError: the model or its tokenizer does not exist or cannot be read (gives the reason), or weights are
-            missing, unexpected or of another shape (`loading.check_loaded`).
+            missing, unexpected or of another shape (`loading.check_loaded`); weights over a given limit cannot stay in
+            files.
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
@@ -70,17 +78,22 @@ def load_model(
     if "gguf_file" not in options:
         check_adapter_files(Path(source))
     if base is not None:
-        model, tokenizer = load_model(base, settings)
+        model, tokenizer = load_model(base, settings)  # in memory, where an adapter is merged
         with _naming(name, source, options):
             return with_adapter(model, source).eval(), _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
-    with naming_package(config, name), _naming(name, source, options):
-        model = _load_with_head(source, config, {**options, **_placement(settings)})
+    in_files = limit is not None and limit.exceeded(source, options, settings, settings.device or best_device())
+    with naming_package(config, name), _naming(name, source, options), offloading_silenced():
+        placed = {**options, **_placement(settings)}
+        in_file: Any = _load_in_files(source, config, placed, limit) if limit is not None and in_files else None
+        model = _load_with_head(source, config, placed) if in_file is None else in_file
     if "gguf_file" in options:
         _forget_gguf(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         logger.warning("model: the adapter in %r is added to its weights, as transformers does", name)
-    if settings.device != "auto":
+    if in_file is not None:
+        weights_can_change(model)
+    elif settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(name, source, options)
 
@@ -187,8 +200,9 @@ def _naming(name: str, source: str, options: dict[str, Any]) -> Iterator[None]:
 
 
 def _unreadable(name: str, source: str, error: Exception) -> ValueError:
-    if str(error).startswith("model: expected") and f" in {source!r}" in str(error):
-        return ValueError(str(error))
+    told = str(error)
+    if told.startswith("max_memory: ") or (told.startswith("model: expected") and f" in {source!r}" in told):
+        return ValueError(told)
     if str(error).startswith("model: expected"):
         return ValueError(str(error).replace(", got", f", got in {name!r}", 1))
     return ValueError(
@@ -216,6 +230,17 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
         return load_exactly(AutoModel, source, **options)
     check_loaded(model, info)
     return model
+
+
+def _load_in_files(source: str, config: Any, options: dict[str, Any], limit: MemoryLimit) -> Any:
+    """As `_load_with_head`, with all weights in files; None if they cannot stay there and the user gave no limit."""
+    try:
+        return _load_with_head(source, config, {**options, "device_map": IN_FILES})
+    except ValueError as error:
+        if "offload_folder" not in str(error):  # transformers requires one for tensors that it changes
+            raise
+        limit.refuse(f"a checkpoint whose tensors are those of the model, got {source!r}, of which some are converted")
+    return None
 
 
 def _auto_of(config: Any, named: str) -> str | None:

@@ -19,6 +19,7 @@ from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.independence import dependence
 from hf_cod.layers.modes import one_thread
+from hf_cod.layers.offloading import changed_in_memory
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -77,7 +78,8 @@ def change_sequentially(
         else:
             _warn(stack, why)
             for index, sums in _whole_passes(stack, batches, make_recorder, finished, title, show_progress):
-                finished.add(index, change_layer(index, sums))
+                with changed_in_memory(stack, index, finished):
+                    finished.add(index, change_layer(index, sums))
     return [] if why is None else [f"the whole model was run for each layer: {why}"]
 
 
@@ -93,17 +95,18 @@ def _change_one_after_another(
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     for index in progress(range(len(stack)), title, show_progress):
-        if index in finished:
-            finished.restore(index)
-        else:
-            sums = make_recorder(stack, [index])
-            for _ in _run(stack, index, batches, before, sums):
-                pass
-            finished.add(index, change_layer(index, sums))
-            del sums
-        if index < last:
-            for number, (hidden, rest) in _run(stack, index, batches, before):
-                before[number] = (hidden.cpu(), rest)
+        with changed_in_memory(stack, index, finished):
+            if index in finished:
+                finished.restore(index)
+            else:
+                sums = make_recorder(stack, [index])
+                for _ in _run(stack, index, batches, before, sums):
+                    pass
+                finished.add(index, change_layer(index, sums))
+                del sums
+            if index < last:
+                for number, (hidden, rest) in _run(stack, index, batches, before):
+                    before[number] = (hidden.cpu(), rest)
 
 
 @torch.no_grad()
@@ -150,10 +153,11 @@ def change_each(
     """Changes all layers in order without running them, from their weights alone or with `sums` of the intact model."""
     with one_thread(stack.model):
         for index in progress(range(len(stack)), title, show_progress):
-            if index in finished:
-                finished.restore(index)
-            else:
-                finished.add(index, change_layer(index, sums))
+            with changed_in_memory(stack, index, finished):
+                if index in finished:
+                    finished.restore(index)
+                else:
+                    finished.add(index, change_layer(index, sums))
 
 
 def _whole_passes(
@@ -168,7 +172,8 @@ def _whole_passes(
     device = execution_device(stack.model)
     for index in progress(range(len(stack)), title, show_progress):
         if index in finished:
-            finished.restore(index)
+            with changed_in_memory(stack, index, finished):
+                finished.restore(index)
             continue
         sums = make_recorder(stack, [index])
         with sums.attached():

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.offloaded import view_of
 from hf_cod.layers.stack import find_decoder_layers
 
 
@@ -53,10 +54,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's tensors in memory, each storage counted once."""
+    """Bytes of a module's tensors in memory, each storage counted once; weights that stay in files count as if read."""
     tensors = [*module.parameters(), *module.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    in_files = {}
+    for each, view in ((each, view_of(each)) for each in module.modules()):
+        for name, tensor in each.named_parameters(recurse=False):
+            if tensor.is_meta and view is not None:
+                in_files[view.dataset.place(view.prefix + name)] = tensor.nbytes
+    return sum(storages.values()) + sum(in_files.values())
 
 
 def disk_bytes(directory: str | Path) -> int:

@@ -96,6 +96,7 @@ BAD = {
     **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},
     **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
     **{key: ["much", "-4GB"] for key in ["memory", "device_memory"]},
+    "max_memory": ["much", "-4GB", "0"],
     "output": ["text.txt", "taken"],
     "start": ["-1", "x"],
     "end": ["0", "x"],

@@ -9,11 +9,17 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, PlanSearchSettings, SpreadSettings, check_parts
+from hf_cod.cli.settings import (
+    CompressionOutput,
+    LimitedModelSettings,
+    PlanSearchSettings,
+    SpreadSettings,
+    check_parts,
+)
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
-from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice, check_effect, check_least
+from hf_cod.io.settings import DefaultName, TextSettings, as_in, check_choice, check_effect, check_least
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import PRUNERS, ScoreSettings, options_of
 from hf_cod.training.healing.settings import RecoverySettings
@@ -129,7 +135,7 @@ class RecoveryOptions:
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, PruneOptions, RecoveryOptions, CompressionOutput],
+        [LimitedModelSettings, TextSettings, PruneOptions, RecoveryOptions, CompressionOutput],
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more in less important layers, and writes a model "
         "that from_pretrained loads. After an interruption the same command resumes. The input model is never changed. "
@@ -165,6 +171,10 @@ class Prune(Step):
     def identity(self) -> Any:
         """The settings, including those of recovery."""
         return [super().identity(), self.earlier_names(self.recovery)]
+
+    def in_memory(self) -> str | None:
+        """Training requires the weights."""
+        return "recover_steps" if self.recovery.recover_steps else super().in_memory()
 
     def disk_share(self) -> float:
         """Zeros are stored in the same format as other weights."""

@@ -1,0 +1,133 @@
+"""Models whose weights stay in files: the results of the work in memory, killed or not, with one layer in memory."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hf_cod import find_decoder_layers, prune, quantize
+from hf_cod.io import offloaded_checkpoint
+from hf_cod.io.memory_limit import MemoryLimit, size_of_weights
+from hf_cod.io.models import load_model
+from hf_cod.io.offloaded import offloaded_weights
+from hf_cod.io.offloaded_checkpoint import save_offloaded
+from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.offloading import in_memory
+from hf_cod.layers.size import bytes_of
+from tests.tiny_models import build, two_batches
+
+NOTHING = MemoryLimit(1, given=True)
+METHODS = {
+    "magnitude": lambda model, batches, journal: prune(model, 0.5, method="magnitude", journal=journal),
+    "wanda": lambda model, batches, journal: prune(model, 0.5, method="wanda", batches=batches, journal=journal),
+    "compensated": lambda model, batches, journal: quantize(model, bits=3.5, batches=batches, journal=journal),
+}
+CASES = [("llama", "wanda"), ("llama_tied", "compensated"), ("gpt2", "wanda"), ("gemma3", "magnitude")]
+
+
+class Killed(BaseException):
+    """What ends a run in the middle."""
+
+
+def in_files(directory, **settings):
+    return load_model(str(directory), device="cpu", limit=NOTHING, **settings)[0]
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_the_files_are_those_of_the_work_in_memory(kind, method, tmp_path, monkeypatch):
+    wide = {"n_embd": 128} if kind == "gpt2" else {"hidden_size": 128, "intermediate_size": 256}
+    build(kind, **wide).to(torch.bfloat16).save_pretrained(tmp_path / "intact")
+    model = load_model(str(tmp_path / "intact"), device="cpu")[0]
+    size, batches = bytes_of(model), two_batches(model)
+    expected = METHODS[method](model, batches, tmp_path / "expected-journal")
+    model.save_pretrained(tmp_path / "expected")
+    held = []
+    for stop in (1, 3, None):
+        monkeypatch.undo()
+        model = in_files(tmp_path / "intact")
+        assert bytes_of(model) == size and all(p.is_meta for p in model.parameters())
+        monkeypatch.setattr(FinishedLayers, "add", killing(stop, model, held))
+        try:
+            found = METHODS[method](model, batches, tmp_path / "journal")
+        except Killed:
+            assert stop is not None
+            own = (p for name, p in model.named_parameters() if method != "compensated" or ".layers." not in name)
+            assert all(p.is_meta for p in own), "a failure drops what was read"
+    assert all(p.is_meta for p in model.parameters())
+    assert held and max(held) <= 1, "layers in memory"
+    assert (found.layers, found.results, found.notes) == (expected.layers, expected.results, expected.notes)
+    save_offloaded(model, tmp_path / "got")
+    assert contents(tmp_path / "got") == contents(tmp_path / "expected")
+    assert {p.name for p in (tmp_path / "journal").iterdir()} == {
+        p.name for p in (tmp_path / "expected-journal").iterdir()
+    }, "a run in memory resumes one in files"
+
+
+def killing(stop, model, held):
+    """`FinishedLayers.add` that ends the run at its call number `stop`; `held` gets the numbers of layers in memory."""
+    add, calls = FinishedLayers.add, []
+
+    def adding(self, index, note):
+        stack = find_decoder_layers(model)
+        held.append(sum(not all(p.is_meta for p in layer.parameters()) for layer in stack))
+        add(self, index, note)
+        calls.append(index)
+        if len(calls) == stop:
+            raise Killed
+
+    return adding
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_shards_and_outputs_are_those_of_the_model_in_memory(dtype, tmp_path, monkeypatch):
+    build("llama_tied").save_pretrained(tmp_path / "intact", max_shard_size="20KB")
+    model = load_model(str(tmp_path / "intact"), device="cpu", dtype=dtype)[0]
+    model.save_pretrained(tmp_path / "expected", max_shard_size="30KB")
+    files = in_files(tmp_path / "intact", dtype=dtype)
+    ids = {"input_ids": torch.arange(20)[None]}
+    with torch.no_grad():
+        assert torch.equal(files(**ids).logits, model(**ids).logits)
+    monkeypatch.setattr(offloaded_checkpoint, "SHARD_SIZE", "30KB")
+    save_offloaded(files, tmp_path / "got")
+    assert contents(tmp_path / "got") == contents(tmp_path / "expected")
+    assert len(list((tmp_path / "got").glob("*.safetensors"))) > 1
+    names = [str(path) for path in (tmp_path / "got").glob("*.safetensors")]
+    assert size_of_weights(names, "auto") == bytes_of(files) - sum(buffer.nbytes for buffer in files.buffers())
+    assert size_of_weights(names, "float32") == 2 * size_of_weights(names, "bfloat16")
+
+
+def test_a_change_in_memory_is_lost_and_the_files_stay_as_they_are(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    before, model = contents(tmp_path), in_files(tmp_path)
+    layer = find_decoder_layers(model)[0]
+    with in_memory(layer), torch.no_grad():
+        layer.mlp.up_proj.weight.zero_()
+        assert not layer.mlp.up_proj(torch.ones(1, 32)).any(), "a forward pass uses what is in memory"
+    assert layer.mlp.up_proj.weight.is_meta and layer.mlp.up_proj(torch.ones(1, 32)).any()
+    assert contents(tmp_path) == before
+
+
+def test_what_cannot_stay_in_files_is_refused_by_a_given_limit_alone(tmp_path):
+    free = MemoryLimit(1, given=False)
+    build("mixtral").save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ValueError, match=r"max_memory: expected a checkpoint whose tensors are those of the model"):
+        in_files(tmp_path / "mixture")
+    assert offloaded_weights(load_model(str(tmp_path / "mixture"), device="cpu", limit=free)[0]) is None
+    model = build("llama")
+    model.save_pretrained(tmp_path / "llama")
+    weights = tmp_path / "llama" / "model.safetensors"
+    with pytest.raises(ValueError, match=r"journal: expected a directory for a model whose weights stay in files"):
+        prune(in_files(tmp_path / "llama"), 0.5, method="magnitude")
+    size = size_of_weights([str(weights)], "auto")
+    fits = partial(load_model, str(tmp_path / "llama"), device="cpu")
+    assert offloaded_weights(fits(limit=MemoryLimit(2 * size, given=True))[0]) is None
+    assert offloaded_weights(fits(limit=MemoryLimit(2 * size - 2, given=True))[0]) is not None
+    torch.save(model.state_dict(), tmp_path / "llama" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"max_memory: expected a checkpoint in safetensors"):
+        in_files(tmp_path / "llama")
+    assert offloaded_weights(fits(limit=free)[0]) is None
