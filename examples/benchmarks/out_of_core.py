@@ -1,6 +1,6 @@
 """Peak memory, time and results of commands with and without `--max-memory`, on a random model of Llama's shape.
 
-    python examples/benchmarks/out_of_core.py --layers 24 --width 1024 --limit 200MB --output out-of-core.json
+    python examples/benchmarks/out_of_core.py --layers 24 --width 1024 --output out-of-core.json
 
 The model is written layer by layer, one file each, so that its size is limited by the disk alone. Each command runs in
 a fresh process, whose peak is `ru_maxrss`; "baseline" is that of a process that imports the same modules and loads the
@@ -27,11 +27,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.io.files import write_json
 from hf_cod.io.models import EMBEDDED
+from hf_cod.io.report import RunReport
 
 SAMPLES = ["--sequence-length", "128", "--max-samples", "8", "--eval-samples", "4", "--batch-size", "4"]
 COMMANDS = {
-    "prune": ["--method", "wanda", "--score", "uniform"],
-    "quantize": ["--bits", "3.5", "--score", "uniform", "--no-baseline", "--rounding", "nearest"],
+    "wanda": ["prune", "--method", "wanda", "--score", "uniform"],
+    "owl": ["prune", "--method", "wanda", "--score", "owl", "--no-baseline"],
+    "sparsegpt": ["prune", "--method", "sparsegpt", "--score", "uniform"],
+    "magnitude": ["prune", "--method", "magnitude", "--score", "uniform"],
+    "nearest": ["quantize", "--bits", "3.5", "--score", "uniform", "--no-baseline", "--rounding", "nearest"],
+    "compensated": ["quantize", "--bits", "3.5", "--score", "uniform", "--no-baseline", "--rounding", "compensated"],
 }
 
 
@@ -117,8 +122,10 @@ def compare(command: str, source: Path, folder: Path, arguments: argparse.Namesp
     for way in ["files"] if arguments.only_files else ["memory", "files"]:
         output = folder / f"{command}-{way}"
         limit = ["--max-memory", arguments.limit] if way == "files" else []
-        words = [*COMMANDS[command], *SAMPLES, "--no-plots", "--device", "cpu", "--output", str(output), *limit]
-        found[way] = measured([command, str(source), *words])
+        name, *words = COMMANDS[command]
+        words += [*SAMPLES, "--no-plots", "--device", "cpu", "--output", str(output), *limit]
+        found[way] = measured([name, str(source), *words])
+        found[way] |= RunReport.load(output).results.get("memory_limit", {})
         print(command, way, json.dumps(found[way]), flush=True)
         written.append(digests(output))
         shutil.rmtree(output)
@@ -133,9 +140,9 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=64)
     parser.add_argument("--channels", type=int, help="default: 3 x width")
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--limit", default="200MB")
+    parser.add_argument("--limit", default="2GB")
     parser.add_argument("--only-files", action="store_true", help="do not run the commands without --max-memory")
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=["wanda", "nearest"])
     parser.add_argument("--output", default="out-of-core.json")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -12,7 +12,6 @@ from torch import nn
 
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
-from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.models import load_model
 from hf_cod.io.rows import text_notes
 from hf_cod.io.settings import ModelSettings, TextSettings
@@ -33,7 +32,7 @@ def load_with_tokenizer(
     loading: ModelSettings,
     instead: str = "hf_cod in Python",
     adapters: bool = False,
-    limit: MemoryLimit | None = None,
+    in_files: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Loads a model and its tokenizer.
 
@@ -41,7 +40,7 @@ def load_with_tokenizer(
         source: Hub id, directory or GGUF file.
         loading: settings of model loading.
         instead: what to use for a model without tokenizer; part of the error message.
-        limit: of memory, see `load_model`.
+        in_files: see `load_model`.
         adapters: whether adapters that are not merged are accepted, because the model is only measured.
 
     Raises:
@@ -49,7 +48,7 @@ def load_with_tokenizer(
             has an adapter (see `check_without_adapter`).
     """
     with busy(f"loading {model_title(source)}"):
-        model, tokenizer = load_model(source, loading, limit=limit)
+        model, tokenizer = load_model(source, loading, in_files=in_files)
     if not adapters:
         check_without_adapter(model, source)
     if tokenizer is None:

@@ -26,7 +26,6 @@ from hf_cod.scoring.settings import COMPUTED, AllocationSettings, ScoreSettings,
 from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
-    from hf_cod.io.memory_limit import MemoryLimit
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
 
@@ -197,8 +196,8 @@ class LimitedModelSettings(ModelSettings):
     max_memory: str | None = field(
         default=None,
         metadata={
-            "help": "such as 4GB: a model whose weights exceed half of it stays in its files, and memory holds one "
-            "layer at a time (CPU); default: all in memory if the weights take at most 80 %% of what is free"
+            "help": "the most memory that the process may take, such as 4GB: the weights stay in the model's files, "
+            "and memory holds one layer at a time (CPU); default: all weights in memory, without a limit"
         },
     )
 
@@ -211,13 +210,9 @@ class LimitedModelSettings(ModelSettings):
         """The settings that results depend on."""
         return ModelSettings(**{f.name: getattr(self, f.name) for f in fields(ModelSettings)})
 
-    def limit(self) -> MemoryLimit:
-        """The limit, by default what is free."""
-        from hf_cod.io.memory_limit import MemoryLimit  # here, because it imports torch
-
-        if self.max_memory is None:
-            return MemoryLimit.of_free()
-        return MemoryLimit(parse_bytes(self.max_memory, "max_memory"), given=True)
+    def limit(self) -> int | None:
+        """The limit in bytes; None without one."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory, "max_memory")
 
 
 @dataclass

@@ -12,13 +12,12 @@ from hf_cod.cli.parser import model_title
 from hf_cod.cli.samples import load_with_tokenizer
 from hf_cod.compression.search.planning import search_plan
 from hf_cod.compression.search.settings import SearchSettings
-from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.models import load_model
-from hf_cod.io.offloaded import offloaded_weights
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
 from hf_cod.io.whole_checkpoint import WholeCheckpoint
+from hf_cod.layers.memory_limit import Copies, memory_need, peak_bytes
 from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -55,11 +54,12 @@ class Work:
         settings: Any,
         journal: Path,
         scores_file: str | None = None,
-        limit: MemoryLimit | None = None,
+        limit: int | None = None,
     ) -> None:
         self.scores = None if scores_file is None else read_scores(scores_file)
         self.source, self._loading, self._limit, self.settings = source, loading, limit, settings
-        self.model, self.tokenizer = load_with_tokenizer(source, loading, limit=limit)
+        self.model, self.tokenizer = load_with_tokenizer(source, loading, in_files=limit is not None)
+        self._kept: dict[str, int] = {}
         check_unquantized(self.model, source)
         self.whole = WholeCheckpoint(source, loading, self.model, self.tokenizer)
         self.name = model_title(source)
@@ -78,14 +78,23 @@ class Work:
         """The layers of the current model."""
         return find_decoder_layers(self.model, self.settings.layers_path)
 
-    def check_memory(self, reason: str | None) -> None:
-        """Checks that the weights are in memory if an option, `reason`, requires that.
+    def check_limit(self, copies: Copies) -> None:
+        """Checks that the limit of memory can be kept, once there are samples.
+
+        Args:
+            copies: what the change of one matrix takes.
 
         Raises:
-            ValueError: they stay in files.
+            ValueError: it cannot.
         """
-        if reason is not None and offloaded_weights(self.model) is not None:
-            raise ValueError(f"max_memory: expected a limit of at least twice the weights with {reason}")
+        if self._limit is not None:
+            need = memory_need(self.stack, [*self.calibration, *self.evaluation], copies)
+            need.check(self._limit)
+            self._kept = {"limit_bytes": self._limit, "needed_bytes": need.total}
+
+    def kept_limit(self) -> dict[str, dict[str, int]]:
+        """`memory_limit` of the results: the limit, what was needed, and the peak; empty without a limit."""
+        return {"memory_limit": {**self._kept, "peak_bytes": peak_bytes()}} if self._kept else {}
 
     def renew(self) -> None:
         """Replaces the current model by the intact model."""
@@ -95,13 +104,14 @@ class Work:
     def load(self) -> Any:
         """Loads the intact model."""
         with busy(f"loading {self.name}"):
-            return load_model(self.source, self._loading, limit=self._limit)[0]
+            return load_model(self.source, self._loading, in_files=self._limit is not None)[0]
 
     def reload(self, directory: Path) -> None:
         """Replaces the current model by the saved one."""
         self.model = None
         with busy("loading the saved model"):
-            self.model = load_model(str(directory), replace(self._loading, revision="main"), limit=self._limit)[0]
+            saved = replace(self._loading, revision="main")
+            self.model = load_model(str(directory), saved, in_files=self._limit is not None)[0]
 
     def score(self, method: str, **chosen: Any) -> LayerScores:
         """The scores from the file if one was passed, else those computed by a method with the command's settings."""

@@ -20,9 +20,8 @@ from hf_cod.io.display import one_line
 from hf_cod.io.gguf_file import require_gguf
 from hf_cod.io.inputs import check_model_path
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
-from hf_cod.io.memory_limit import MemoryLimit
 from hf_cod.io.model_config import building, check_model_config
-from hf_cod.io.offloaded import IN_FILES, offloading_silenced, weights_can_change
+from hf_cod.io.offloaded import IN_FILES, check_offloadable, offloading_silenced, refuse_in_files, weights_can_change
 from hf_cod.io.quantized import naming_package
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
 from hf_cod.models.stored_config import clear_quantized
@@ -48,7 +47,7 @@ def load_model(
     name: str,
     settings: ModelSettings | None = None,
     *,
-    limit: MemoryLimit | None = None,
+    in_files: bool = False,
     **fields: Unpack[ModelFields],
 ) -> tuple[nn.Module, Any]:
     """Loads a model in eval mode, with the head of its checkpoint, and its tokenizer.
@@ -60,7 +59,7 @@ def load_model(
         name: a Hub id, a directory, or a path that ends in ".gguf". The directory of an adapter stands for its base
             with the adapter: merged, or as a PEFT model if the base is quantized.
         settings: dtype, device, revision and trust_remote_code.
-        limit: of memory; weights of a model that exceeds it stay in its files (`io/offloaded.py`).
+        in_files: whether the weights stay in the files of the model, on a CPU (`io/offloaded.py`).
         **fields: fields of `ModelSettings` as keywords; they override `settings`.
 
     Returns:
@@ -68,8 +67,7 @@ def load_model(
 
     Raises:
         ValueError: the model or its tokenizer does not exist or cannot be read (gives the reason), or weights are
-            missing, unexpected or of another shape (`loading.check_loaded`); weights over a given limit cannot stay in
-            files.
+            missing, unexpected or of another shape (`loading.check_loaded`); weights cannot stay in files.
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
@@ -77,23 +75,21 @@ def load_model(
     base = base_of(source)
     if "gguf_file" not in options:
         check_adapter_files(Path(source))
+    if in_files:
+        check_offloadable(name, source, options, settings.device or best_device(), adapter=base is not None)
     if base is not None:
-        model, tokenizer = load_model(base, settings)  # in memory, where an adapter is merged
+        model, tokenizer = load_model(base, settings)
         with _naming(name, source, options):
             return with_adapter(model, source).eval(), _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
-    in_files = limit is not None and limit.exceeded(source, options, settings, settings.device or best_device())
-    with naming_package(config, name), _naming(name, source, options), offloading_silenced():
-        placed = {**options, **_placement(settings)}
-        in_file: Any = _load_in_files(source, config, placed, limit) if limit is not None and in_files else None
-        model = _load_with_head(source, config, placed) if in_file is None else in_file
+    with naming_package(config, name), _naming(name, source, options):
+        load = _load_in_files if in_files else _load_with_head
+        model = load(source, config, {**options, **_placement(settings)})
     if "gguf_file" in options:
         _forget_gguf(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         logger.warning("model: the adapter in %r is added to its weights, as transformers does", name)
-    if in_file is not None:
-        weights_can_change(model)
-    elif settings.device != "auto":
+    if not in_files and settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(name, source, options)
 
@@ -232,15 +228,17 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
     return model
 
 
-def _load_in_files(source: str, config: Any, options: dict[str, Any], limit: MemoryLimit) -> Any:
-    """As `_load_with_head`, with all weights in files; None if they cannot stay there and the user gave no limit."""
+def _load_in_files(source: str, config: Any, options: dict[str, Any]) -> Any:
+    """As `_load_with_head`; the weights stay in files."""
     try:
-        return _load_with_head(source, config, {**options, "device_map": IN_FILES})
+        with offloading_silenced():
+            model = _load_with_head(source, config, {**options, "device_map": IN_FILES})
     except ValueError as error:
-        if "offload_folder" not in str(error):  # transformers requires one for tensors that it changes
-            raise
-        limit.refuse(f"a checkpoint whose tensors are those of the model, got {source!r}, of which some are converted")
-    return None
+        if "offload_folder" in str(error):  # transformers requires one for tensors that it changes
+            refuse_in_files(f"a checkpoint with the tensors of the model, got {source!r}, whose tensors are converted")
+        raise
+    weights_can_change(model)
+    return model
 
 
 def _auto_of(config: Any, named: str) -> str | None:

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 
+from hf_cod.io.loading import weight_files
 from hf_cod.io.reading import open_tensors
 
 # The device map of a model whose weights all stay in files.
@@ -96,6 +97,31 @@ def weights_can_change(model: nn.Module) -> None:
         if hook is not None and isinstance(view, PrefixedDataset):
             weights = weights or OffloadedWeights(view.dataset)
             hook.weights_map = PrefixedDataset(weights, view.prefix)
+
+
+def check_offloadable(name: str, source: str, options: Mapping[str, Any], device: str, adapter: bool) -> None:
+    """Checks that the weights of a model can stay in its files.
+
+    Args:
+        name: of the model, as the user gave it.
+        source, options: where it is, as from `locate`.
+        device: where it is to run.
+        adapter: whether an adapter is to be merged with it.
+
+    Raises:
+        ValueError: they cannot; gives the reason.
+    """
+    if device != "cpu":
+        refuse_in_files(f"device cpu, got {device}")
+    if adapter:
+        refuse_in_files(f"a model without adapter, got {name!r}, which is merged with its base in memory")
+    if not weight_files(source, options, local=False):
+        refuse_in_files(f"a checkpoint in safetensors, got {name!r}")
+
+
+def refuse_in_files(obstacle: str) -> NoReturn:
+    """Refuses to keep weights in files; `obstacle` says what was expected and what was got."""
+    raise ValueError(f"max_memory: expected {obstacle}; or omit --max-memory")
 
 
 @contextmanager

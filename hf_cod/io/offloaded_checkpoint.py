@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from hf_cod.io.files import write_aside, write_text
+from hf_cod.io.files import write_text
 from hf_cod.io.offloaded import OffloadedWeights, offloaded_weights, view_of
-from hf_cod.io.reading import parse_json
+from hf_cod.io.tensors import save_tensors
 
 # Of transformers, in which models are saved without another size.
 SHARD_SIZE = "50GB"
-_PREFIX = 8  # bytes of the header's length
 
 
 def save_offloaded(model: Any, directory: Path) -> None:
@@ -41,7 +38,7 @@ def save_offloaded(model: Any, directory: Path) -> None:
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
     )
     for file, names in shards.filename_to_tensors.items():
-        _write({name: tensors[name] for name in names}, directory / file, metadata, read)
+        save_tensors(directory / file, {name: tensors[name] for name in names}, metadata, read=read)
     if shards.is_sharded:
         told = {"total_parameters": sum(tensor.numel() for tensor in tensors.values()), **shards.metadata}
         index = {"metadata": told, "weight_map": shards.tensor_to_filename}
@@ -88,39 +85,3 @@ def _reader(model: Any, names: Mapping[str, str], tensors: Mapping[str, Tensor])
         return found
 
     return read
-
-
-def _write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str], read: Callable[[str], Tensor]) -> None:
-    """Writes a safetensors file of tensors that `read` returns; those passed may be on the meta device."""
-    names = _order(tensors)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    start = 0
-    for name in names:
-        end = start + tensors[name].nbytes
-        kind = parse_json(_header_of(tensors[name].dtype), "header")["x"]["dtype"]
-        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _PREFIX)
-
-    def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(_PREFIX, "little") + text)
-        for name in names:
-            data = read(name).contiguous().flatten().view(torch.uint8)
-            assert data.nbytes == tensors[name].nbytes, name
-            file.write(data.numpy().data)
-
-    write_aside(path, write)
-
-
-def _order(tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    """The order of safetensors: that of an empty file of tensors with these names and dtypes."""
-    content = save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()})
-    length = int.from_bytes(content[:_PREFIX], "little")
-    return list(parse_json(content[_PREFIX : _PREFIX + length].decode(), "header"))
-
-
-def _header_of(dtype: torch.dtype) -> str:
-    """The header of a file with an empty tensor "x" of this dtype, which holds safetensors' name of the dtype."""
-    content = save({"x": torch.empty(0, dtype=dtype)})
-    return content[_PREFIX : _PREFIX + int.from_bytes(content[:_PREFIX], "little")].decode()

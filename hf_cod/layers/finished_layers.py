@@ -105,8 +105,14 @@ class FinishedLayers:
         self.notes[index] = note
         path = self._path(index)
         if path is not None:
-            tensors = {name: tensor.contiguous() for name, tensor in self._tensors_of(index).items()}
-            save_tensors(path, tensors, {_NOTE: json.dumps(note), **self._identity(index)}, checked=True)
+            save_tensors(
+                path, self._tensors_of(index), {_NOTE: json.dumps(note), **self._identity(index)}, checked=True
+            )
+
+    def scratch(self) -> Path:
+        """A directory beside the files, for what only the running process needs."""
+        assert self._directory is not None  # as in `kept`
+        return self._directory / f"{self._work}-scratch"
 
     def kept(self, index: int) -> tuple[Path, dict[str, Tensor]]:
         """The file of a finished layer that is in the model, and the tensors that it holds."""

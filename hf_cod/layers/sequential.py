@@ -17,9 +17,10 @@ from torch import Tensor
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.hidden_states import HiddenStates, hidden_states
 from hf_cod.layers.independence import dependence
 from hf_cod.layers.modes import one_thread
-from hf_cod.layers.offloading import changed_in_memory
+from hf_cod.layers.offloading import changed_in_memory, in_memory
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -65,8 +66,8 @@ def change_sequentially(
     """Changes all layers in order. Each runs twice on all batches: for its sums, and, once changed, for the next layer.
 
     In addition to the model, memory holds the hidden state of each batch on the CPU, and the sums and activations of
-    one layer. Finished layers are only run. Where the whole model runs for each layer, that takes a forward pass for
-    each, and no hidden states are held.
+    one layer; for a model whose weights stay in files, hidden states are in files, too. Finished layers are only run.
+    Where the whole model runs for each layer, that takes a forward pass for each, and no hidden states are held.
 
     Returns:
         A sentence for a report if the whole model runs for each layer, else none.
@@ -93,20 +94,20 @@ def _change_one_after_another(
     show_progress: bool,
 ) -> None:
     last = _last_unfinished(stack, finished)
-    before: list[State | None] = [None] * len(batches)
-    for index in progress(range(len(stack)), title, show_progress):
-        with changed_in_memory(stack, index, finished):
-            if index in finished:
-                finished.restore(index)
-            else:
-                sums = make_recorder(stack, [index])
-                for _ in _run(stack, index, batches, before, sums):
-                    pass
-                finished.add(index, change_layer(index, sums))
-                del sums
-            if index < last:
-                for number, (hidden, rest) in _run(stack, index, batches, before):
-                    before[number] = (hidden.cpu(), rest)
+    with hidden_states(stack, len(batches), finished) as before:
+        for index in progress(range(len(stack)), title, show_progress):
+            with changed_in_memory(stack, index, finished):
+                if index in finished:
+                    finished.restore(index)
+                else:
+                    sums = make_recorder(stack, [index])
+                    for _ in _run(stack, index, batches, before, sums):
+                        pass
+                    finished.add(index, change_layer(index, sums))
+                    del sums
+                if index < last:
+                    for number, state in _run(stack, index, batches, before):
+                        before[number] = state
 
 
 @torch.no_grad()
@@ -124,8 +125,7 @@ def measure_sequentially(
     """
     why = dependence(stack, batches)
     last = _last_unfinished(stack, finished)
-    before: list[State | None] = [None] * len(batches)
-    with evaluation_mode(stack):
+    with evaluation_mode(stack), hidden_states(stack, len(batches), finished) as before:
         if why is not None:
             _warn(stack, why)
             for index, sums in _whole_passes(stack, batches, make_recorder, finished, title, show_progress):
@@ -133,13 +133,14 @@ def measure_sequentially(
             return
         for index in progress(range(len(stack)), title, show_progress):
             found = None if index in finished else make_recorder(stack, [index])
-            if index <= last:
-                for number, (hidden, rest) in _run(stack, index, batches, before, found):
-                    before[number] = (hidden.cpu(), rest)
-            if found is None:
-                finished.restore(index)
-            else:
-                finished.add(index, measure_layer(index, found))
+            with in_memory(stack[index]):
+                if index <= last:
+                    for number, state in _run(stack, index, batches, before, found):
+                        before[number] = state
+                if found is None:
+                    finished.restore(index)
+                else:
+                    finished.add(index, measure_layer(index, found))
 
 
 def change_each(
@@ -198,7 +199,7 @@ def _run(
     stack: DecoderLayers,
     index: int,
     batches: Sequence[Batch],
-    before: Sequence[State | None],
+    before: HiddenStates,
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[int, State]]:
     """Runs one layer on each batch, with a recorder if given; yields numbers of batches and states."""

@@ -1,6 +1,7 @@
 """Commands with --max-memory: the same output as without it."""
 
 import os
+import re
 
 import pytest
 
@@ -17,11 +18,13 @@ def test_the_commands_write_the_same_in_both_ways(command, checkpoint, monkeypat
     words = [name, str(checkpoint / "model"), *more, "--text", str(checkpoint / "text.txt"), "--no-plots", *QUICK]
     words += ["--device", "cpu", "--eval-samples", "3"]
     assert main([*words, "--output", str(checkpoint / "memory" / "run")]) == 0
-    assert main([*words, "--output", str(checkpoint / "files" / "run"), "--max-memory", "1KB"]) == 0
+    assert main([*words, "--output", str(checkpoint / "files" / "run"), "--max-memory", "100GB"]) == 0
     memory, files = (
         {p.name: p.read_bytes() for p in (checkpoint / way / "run").iterdir()} for way in ("memory", "files")
     )
     reports = [RunReport.load(checkpoint / way / "run") for way in ("memory", "files")]
+    told = reports[1].results.pop("memory_limit")
+    assert told["limit_bytes"] == 100e9 and told["needed_bytes"] > 4e8 and told["peak_bytes"] > 2e8
     assert reports[0].results == reports[1].results and reports[0].settings == reports[1].settings
     assert memory.keys() == files.keys()
     different = {key for key in memory if memory[key] != files[key]}
@@ -30,7 +33,14 @@ def test_the_commands_write_the_same_in_both_ways(command, checkpoint, monkeypat
 
 def test_recovery_requires_weights_in_memory(checkpoint, capsys):
     words = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--device", "cpu", *QUICK]
-    words += ["--recover-steps", "1", "--max-memory", "1KB", "--output", str(checkpoint / "out")]
+    words += ["--recover-steps", "1", "--max-memory", "100GB", "--output", str(checkpoint / "out")]
     assert main(words) == 2
-    message = "max_memory: expected a limit of at least twice the weights with recover_steps"
+    message = "max_memory: expected none with recover_steps, which requires all weights in memory"
     assert message in capsys.readouterr().err and "out" not in os.listdir(checkpoint)
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_before_any_work(checkpoint, capsys):
+    words = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--device", "cpu", *QUICK]
+    assert main([*words, "--max-memory", "100MB", "--output", str(checkpoint / "out")]) == 2
+    found = re.search(r"max_memory: expected at least (\d+\.\d\d)GB, got 0.10GB \(", capsys.readouterr().err)
+    assert found is not None and float(found[1]) > 0.4

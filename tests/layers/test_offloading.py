@@ -1,22 +1,18 @@
 """Models whose weights stay in files: the results of the work in memory, killed or not, with one layer in memory."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from hf_cod import find_decoder_layers, prune, quantize
 from hf_cod.io import offloaded_checkpoint
-from hf_cod.io.memory_limit import MemoryLimit, size_of_weights
 from hf_cod.io.models import load_model
-from hf_cod.io.offloaded import offloaded_weights
 from hf_cod.io.offloaded_checkpoint import save_offloaded
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.hidden_states import HiddenStates
 from hf_cod.layers.offloading import in_memory
 from hf_cod.layers.size import bytes_of
 from tests.tiny_models import build, two_batches
 
-NOTHING = MemoryLimit(1, given=True)
 METHODS = {
     "magnitude": lambda model, batches, journal: prune(model, 0.5, method="magnitude", journal=journal),
     "wanda": lambda model, batches, journal: prune(model, 0.5, method="wanda", batches=batches, journal=journal),
@@ -30,7 +26,7 @@ class Killed(BaseException):
 
 
 def in_files(directory, **settings):
-    return load_model(str(directory), device="cpu", limit=NOTHING, **settings)[0]
+    return load_model(str(directory), device="cpu", in_files=True, **settings)[0]
 
 
 def contents(directory):
@@ -95,9 +91,24 @@ def test_shards_and_outputs_are_those_of_the_model_in_memory(dtype, tmp_path, mo
     save_offloaded(files, tmp_path / "got")
     assert contents(tmp_path / "got") == contents(tmp_path / "expected")
     assert len(list((tmp_path / "got").glob("*.safetensors"))) > 1
-    names = [str(path) for path in (tmp_path / "got").glob("*.safetensors")]
-    assert size_of_weights(names, "auto") == bytes_of(files) - sum(buffer.nbytes for buffer in files.buffers())
-    assert size_of_weights(names, "float32") == 2 * size_of_weights(names, "bfloat16")
+
+
+def test_hidden_states_are_in_files_until_the_work_ends(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "intact")
+    model, found, own = in_files(tmp_path / "intact"), [], HiddenStates.__setitem__
+
+    def keeping(self, number, state):
+        own(self, number, state)
+        kept = self[number]
+        assert torch.equal(kept[0], state[0]) and kept[1] == state[1] and not self._states[number][0].numel()
+        found.append(len(list((tmp_path / "journal").glob("*-scratch/*"))))
+
+    monkeypatch.setattr(HiddenStates, "__setitem__", keeping)
+    batches = two_batches(model)
+    stale = tmp_path / "journal"
+    METHODS["wanda"](model, batches, stale)
+    runs = len(find_decoder_layers(model)) - 1
+    assert found == [1, 2] + [2, 2] * (runs - 1) and not list(stale.glob("*-scratch"))
 
 
 def test_a_change_in_memory_is_lost_and_the_files_stay_as_they_are(tmp_path):
@@ -111,23 +122,17 @@ def test_a_change_in_memory_is_lost_and_the_files_stay_as_they_are(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_what_cannot_stay_in_files_is_refused_by_a_given_limit_alone(tmp_path):
-    free = MemoryLimit(1, given=False)
+def test_what_cannot_stay_in_files_is_refused(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "mixture")
-    with pytest.raises(ValueError, match=r"max_memory: expected a checkpoint whose tensors are those of the model"):
+    with pytest.raises(ValueError, match=r"max_memory: expected a checkpoint with the tensors of the model"):
         in_files(tmp_path / "mixture")
-    assert offloaded_weights(load_model(str(tmp_path / "mixture"), device="cpu", limit=free)[0]) is None
     model = build("llama")
     model.save_pretrained(tmp_path / "llama")
-    weights = tmp_path / "llama" / "model.safetensors"
     with pytest.raises(ValueError, match=r"journal: expected a directory for a model whose weights stay in files"):
         prune(in_files(tmp_path / "llama"), 0.5, method="magnitude")
-    size = size_of_weights([str(weights)], "auto")
-    fits = partial(load_model, str(tmp_path / "llama"), device="cpu")
-    assert offloaded_weights(fits(limit=MemoryLimit(2 * size, given=True))[0]) is None
-    assert offloaded_weights(fits(limit=MemoryLimit(2 * size - 2, given=True))[0]) is not None
+    with pytest.raises(ValueError, match=r"max_memory: expected device cpu, got meta"):
+        load_model(str(tmp_path / "llama"), device="meta", in_files=True)
     torch.save(model.state_dict(), tmp_path / "llama" / "pytorch_model.bin")
-    weights.unlink()
+    (tmp_path / "llama" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"max_memory: expected a checkpoint in safetensors"):
         in_files(tmp_path / "llama")
-    assert offloaded_weights(fits(limit=free)[0]) is None

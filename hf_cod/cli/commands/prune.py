@@ -27,6 +27,7 @@ from hf_cod.training.healing.settings import RecoverySettings
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.memory_limit import Copies
     from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
@@ -171,6 +172,12 @@ class Prune(Step):
     def identity(self) -> Any:
         """The settings, including those of recovery."""
         return [super().identity(), self.earlier_names(self.recovery)]
+
+    def copies(self) -> Copies:
+        """Those of the method; scores of outliers and of magnitudes take more than Wanda."""
+        from hf_cod.layers.memory_limit import Copies
+
+        return {"magnitude": Copies(22), "sparsegpt": Copies(14, products=True)}.get(self.settings.method, Copies(12))
 
     def in_memory(self) -> str | None:
         """Training requires the weights."""

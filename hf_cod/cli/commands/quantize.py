@@ -20,6 +20,7 @@ from hf_cod.scoring.settings import METHODS as SCORES
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.memory_limit import Copies
     from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.expert_scores import ExpertScores
@@ -148,6 +149,12 @@ class Quantize(Step):
         super().__init__(settings)
         self._planned: LayerAllocation | None = None
         self._experts: ExpertScores | None = None
+
+    def copies(self) -> Copies:
+        """Those of the rounding."""
+        from hf_cod.layers.memory_limit import Copies
+
+        return Copies(14, products=True) if self.settings.rounding == "compensated" else Copies(14)
 
     def check(self, work: Work) -> None:
         """Checks that a mixture with these bits exists for the shapes of the model, and that it can be loaded again."""
