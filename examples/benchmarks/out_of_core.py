@@ -29,7 +29,6 @@ from hf_cod.io.files import write_json
 from hf_cod.io.models import EMBEDDED
 from hf_cod.io.report import RunReport
 
-SAMPLES = ["--sequence-length", "128", "--max-samples", "8", "--eval-samples", "4", "--batch-size", "4"]
 COMMANDS = {
     "wanda": ["prune", "--method", "wanda", "--score", "uniform"],
     "owl": ["prune", "--method", "wanda", "--score", "owl", "--no-baseline"],
@@ -61,10 +60,10 @@ def write_model(directory: Path, arguments: argparse.Namespace) -> int:
     parts: dict[str, list[str]] = {}
     for key in shapes:
         parts.setdefault(".".join(key.split(".")[:3]) if ".layers." in key else key, []).append(key)
-    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    weight_map, numbers = {}, _RandomNumbers(max(shape.numel() for shape in shapes.values()))
     for number, keys in enumerate(parts.values(), 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        tensors = {key: _random(shapes[key], generator) for key in keys}
+        tensors = {key: numbers.of(shapes[key]) for key in keys}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(keys, file)
     size = 2 * sum(shape.numel() for shape in shapes.values())
@@ -72,10 +71,19 @@ def write_model(directory: Path, arguments: argparse.Namespace) -> int:
     return size
 
 
-def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, generator=generator, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)
+class _RandomNumbers:
+    """Random matrices that are parts of one long vector, each from another place: billions of numbers take minutes."""
+
+    def __init__(self, most: int) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._numbers = torch.randn(most + (1 << 20), generator=self._generator, dtype=torch.bfloat16)
+
+    def of(self, shape: torch.Size) -> torch.Tensor:
+        """A matrix of normal numbers with the variance 1 / columns; a vector of ones."""
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        start = int(torch.randint(1 << 20, (), generator=self._generator))
+        return self._numbers[start : start + shape.numel()].view(shape) * shape[-1] ** -0.5
 
 
 def run_child(words: list[str]) -> None:
@@ -123,7 +131,9 @@ def compare(command: str, source: Path, folder: Path, arguments: argparse.Namesp
         output = folder / f"{command}-{way}"
         limit = ["--max-memory", arguments.limit] if way == "files" else []
         name, *words = COMMANDS[command]
-        words += [*SAMPLES, "--no-plots", "--device", "cpu", "--output", str(output), *limit]
+        words += ["--sequence-length", str(arguments.tokens), "--max-samples", str(arguments.samples)]
+        words += ["--eval-samples", "4", "--batch-size", "4", "--no-plots", "--device", "cpu"]
+        words += ["--output", str(output), *limit]
         found[way] = measured([name, str(source), *words])
         found[way] |= RunReport.load(output).results.get("memory_limit", {})
         print(command, way, json.dumps(found[way]), flush=True)
@@ -140,6 +150,8 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=64)
     parser.add_argument("--channels", type=int, help="default: 3 x width")
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=128, help="of each sample")
+    parser.add_argument("--samples", type=int, default=8, help="for calibration")
     parser.add_argument("--limit", default="2GB")
     parser.add_argument("--only-files", action="store_true", help="do not run the commands without --max-memory")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=["wanda", "nearest"])

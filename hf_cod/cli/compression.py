@@ -61,7 +61,7 @@ def compress(
     if isinstance(loading, LimitedModelSettings):  # the results do not depend on it
         limit, loading = loading.limit(), loading.without_limit()
     if limit is not None and step.in_memory() is not None:
-        raise ValueError(f"max_memory: expected none with {step.in_memory()}, which requires all weights in memory")
+        raise ValueError(f"max_memory: expected none with {step.in_memory()}, which needs all weights in memory")
     told = [step.command, source, asdict(loading), without_unset(asdict(text)), step.identity(), scores]
     output = OutputDirectory(directory, told, check=check_unused, source=source)
     work = partial(run, step, source, loading, text, scores_file=scores, limit=limit)
@@ -123,7 +123,7 @@ def run(
     measured: dict[str, Any] = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     if fallback:
         measured["fallback"] = fallback
-    measured |= work.kept_limit()
+    measured |= {} if work.limit is None else work.limit.results()
     return with_inputs(_complete(report, step, work, plan, measured, scores_file), loading, text)
 
 

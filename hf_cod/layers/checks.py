@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,19 +38,20 @@ def check_without_adapter(model: nn.Module, source: str) -> None:
         )
 
 
-def check_writable(stack: DecoderLayers, factors: bool = False) -> None:
+def check_writable(stack: DecoderLayers, factors: bool = False, in_files: bool = False) -> None:
     """Checks that each matrix can be changed in place.
 
     Args:
         stack: the layers.
         factors: whether experts may be factors, as for training.
+        in_files: whether weights may stay in files, because layers change in `changed_in_memory`.
 
     Raises:
         ValueError: adapters, quantized, offloaded or sharded weights; a weight that two matrices share (or a matrix
             and an embedding); NaN or infinity. Says in which module.
     """
     for index in range(len(stack)):
-        with in_memory(stack[index]):
+        with in_memory(stack[index]) if in_files else nullcontext():
             _check_layer(stack, index, factors)
     if not any(stack.count_weights(index) for index in range(len(stack))):
         raise ValueError(

@@ -84,6 +84,32 @@ class MemoryNeed:
             )
 
 
+class MemoryLimit:
+    """A limit of the memory of the process.
+
+    Args:
+        limit: in bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._needed = limit, 0
+
+    def check(self, stack: DecoderLayers, batches: Sequence[Batch], copies: Copies) -> None:
+        """Checks that the limit can be kept; for the arguments see `memory_need`.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        need = memory_need(stack, batches, copies)
+        need.check(self._limit)
+        self._needed = need.total
+
+    def results(self) -> dict[str, dict[str, int]]:
+        """`memory_limit` of a report's results: the limit, what was needed, and the peak so far."""
+        told = {"limit_bytes": self._limit, "needed_bytes": self._needed, "peak_bytes": peak_bytes()}
+        return {"memory_limit": told}
+
+
 def memory_need(stack: DecoderLayers, batches: Sequence[Batch], copies: Copies) -> MemoryNeed:
     """What work on a model takes whose weights stay in files; from shapes alone, so that no weights are read.
 

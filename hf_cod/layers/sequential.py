@@ -20,7 +20,7 @@ from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.hidden_states import HiddenStates, hidden_states
 from hf_cod.layers.independence import dependence
 from hf_cod.layers.modes import one_thread
-from hf_cod.layers.offloading import changed_in_memory, in_memory
+from hf_cod.layers.offloading import changed_in_memory
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -133,14 +133,13 @@ def measure_sequentially(
             return
         for index in progress(range(len(stack)), title, show_progress):
             found = None if index in finished else make_recorder(stack, [index])
-            with in_memory(stack[index]):
-                if index <= last:
-                    for number, state in _run(stack, index, batches, before, found):
-                        before[number] = state
-                if found is None:
-                    finished.restore(index)
-                else:
-                    finished.add(index, measure_layer(index, found))
+            if index <= last:
+                for number, state in _run(stack, index, batches, before, found):
+                    before[number] = state
+            if found is None:
+                finished.restore(index)
+            else:
+                finished.add(index, measure_layer(index, found))
 
 
 def change_each(

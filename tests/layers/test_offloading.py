@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from hf_cod import find_decoder_layers, prune, quantize
+from hf_cod import factorize, find_decoder_layers, narrow, plan_ranks, prune, quantize, score_layers
 from hf_cod.io import offloaded_checkpoint
 from hf_cod.io.models import load_model
 from hf_cod.io.offloaded_checkpoint import save_offloaded
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.hidden_states import HiddenStates
 from hf_cod.layers.offloading import in_memory
-from hf_cod.layers.size import bytes_of
+from hf_cod.layers.size import bytes_of, count_parameters
+from hf_cod.scoring.settings import METHODS as METHODS_OF_SCORES
 from tests.tiny_models import build, two_batches
 
 METHODS = {
@@ -89,6 +90,7 @@ def test_shards_and_outputs_are_those_of_the_model_in_memory(dtype, tmp_path, mo
         assert torch.equal(files(**ids).logits, model(**ids).logits)
     monkeypatch.setattr(offloaded_checkpoint, "SHARD_SIZE", "30KB")
     save_offloaded(files, tmp_path / "got")
+    assert count_parameters(files) == count_parameters(model)
     assert contents(tmp_path / "got") == contents(tmp_path / "expected")
     assert len(list((tmp_path / "got").glob("*.safetensors"))) > 1
 
@@ -120,6 +122,33 @@ def test_a_change_in_memory_is_lost_and_the_files_stay_as_they_are(tmp_path):
         assert not layer.mlp.up_proj(torch.ones(1, 32)).any(), "a forward pass uses what is in memory"
     assert layer.mlp.up_proj.weight.is_meta and layer.mlp.up_proj(torch.ones(1, 32)).any()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", METHODS_OF_SCORES)
+def test_a_score_in_files_is_that_in_memory_or_refused(method, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    model, files = load_model(str(tmp_path), device="cpu")[0], in_files(tmp_path)
+    batches = two_batches(model)
+    if method in ("sensitivity", "kl", "auto"):
+        with pytest.raises(ValueError, match="expected weights in memory, got offloaded ones"):
+            score_layers(files, method=method, batches=batches)
+    elif method in ("gradient_norm", "fisher"):
+        with pytest.raises(ValueError, match="expected "):
+            score_layers(files, method=method, batches=batches)
+    else:
+        found, expected = (score_layers(each, method=method, batches=batches) for each in (files, model))
+        assert found.values == expected.values
+
+
+def test_other_changes_than_those_of_layers_one_by_one_are_refused(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    batches = two_batches(in_files(tmp_path))
+    for change in (
+        lambda model: factorize(model, plan_ranks(model, 0.8, batches=batches), batches=batches),
+        lambda model: narrow(model, 0.8, batches=batches),
+    ):
+        with pytest.raises(ValueError, match=r"expected .*weights in memory"):
+            change(in_files(tmp_path))
 
 
 def test_what_cannot_stay_in_files_is_refused(tmp_path):

@@ -195,7 +195,7 @@ class Prune(Step):
         from hf_cod.layers.module_choice import choose_modules
 
         stack = choose_modules(work.stack, self.settings).stack
-        check_writable(stack)
+        check_writable(stack, in_files=True)
         M = self.settings.group or (parse_pattern(self.settings.fixed)[1] if self.settings.fixed else None)
         if M is not None:
             check_pattern(stack, M)
