@@ -21,6 +21,7 @@ MIXTURE = "models/mixture"
 LOADING = "--text text.txt --dtype float32 --device cpu"
 SAMPLES = f"{LOADING} --sequence-length 8 --max-samples 4 --batch-size 2"
 MEASURED = f"{SAMPLES} --eval-samples 4"
+IN_FILES = "--device cpu --max-memory 100GB"
 TRAINED = f"{LOADING} --sequence-length 8 --steps 4 --batch-size 4 --micro-batch-size 2 --eval-samples 4"
 TRAINED += " --save-every 2 --log-every 1 --learning-rate 1e-2"
 # Fine-tuning method -> its own options.
@@ -40,6 +41,8 @@ RUNS = {
     "prune-pattern": f"prune {SOURCE} {MEASURED} --pattern N:4 --score random",
     "quantize": f"quantize {WIDE} {MEASURED} --bits 3.8 --block 32",
     "quantize-weighted": f"quantize {WIDE} {MEASURED} --bits 4 --block 32 --rounding weighted",
+    "prune-in-files": f"prune {SOURCE} {MEASURED} --sparsity 0.6 {IN_FILES}",
+    "quantize-in-files": f"quantize {WIDE} {MEASURED} --bits 3.8 --block 32 {IN_FILES}",
     "factorize": f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --no-speed",
     "factorize-oats": f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --method oats --no-speed",
     "narrow": f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --no-speed",

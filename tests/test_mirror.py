@@ -44,6 +44,7 @@ TESTED_BY = {
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
     "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
+    "layers/test_offloading.py": "io/offloaded.py io/offloaded_checkpoint.py layers/hidden_states.py",
     "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_groups.py cli/option_names.py",
     "cli/test_validation.py": "io/inputs.py",
     "io/test_files.py": "io/journal.py",

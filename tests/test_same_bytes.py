@@ -16,7 +16,7 @@ from tests.all_commands import RUNS
 from tests.docs.pages import read
 
 # Keys of a report's results, and words in its sentences, of what differs from run to run.
-TIMES = {"created", "seconds_a_step", "training_memory"}
+TIMES = {"created", "seconds_a_step", "training_memory", "memory_limit"}
 # What the page calls "Compression", and keys that map states of the model to numbers.
 COMPRESSION = {"prune", "factorize", "narrow", "drop-layers", "repeat-layers", "drop-experts", "quantize", "fit"}
 COMMANDS = {"training": "history"}  # kind of a report -> the command that writes it, if it is another name

@@ -21,7 +21,7 @@ from hf_cod.cli.output import require_plots, say_written, write_model
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import with_inputs
 from hf_cod.cli.samples import check_texts, split_text, trained_on
-from hf_cod.cli.settings import ResultsOutput
+from hf_cod.cli.settings import LimitedModelSettings, ResultsOutput
 from hf_cod.cli.step import BASELINES, Step
 from hf_cod.cli.work import Work
 from hf_cod.io.display import say
@@ -31,6 +31,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import describe_batches
+from hf_cod.layers.memory_limit import above_limit
 from hf_cod.layers.size import bytes_of, disk_bytes
 
 
@@ -56,9 +57,14 @@ def compress(
         require_plots()
     check_texts(text, step.samples().eval_text)
     scores = getattr(files, "scores", None)
+    limit = None
+    if isinstance(loading, LimitedModelSettings):  # the results do not depend on it
+        limit, loading = loading.limit(), loading.without_limit()
+    if limit is not None and step.in_memory() is not None:
+        raise ValueError(f"max_memory: expected none with {step.in_memory()}, which needs all weights in memory")
     told = [step.command, source, asdict(loading), without_unset(asdict(text)), step.identity(), scores]
     output = OutputDirectory(directory, told, check=check_unused, source=source)
-    work = partial(run, step, source, loading, text, scores_file=scores)
+    work = partial(run, step, source, loading, text, scores_file=scores, limit=limit)
     if write_model(output, work, files, spent=OutputDirectory.journaled) is None:
         say(f"\nno model was written; measurements are kept in {directory.resolve()}")
     else:
@@ -73,16 +79,18 @@ def run(
     text: TextSettings,
     output: OutputDirectory,
     scores_file: str | None = None,
+    limit: int | None = None,
 ) -> RunReport | None:
     """Runs the pipeline; saves the model, its scores and the files of the step in the results of `output`.
 
     Returns:
         The report, which is not saved yet; None if the step has no plan to apply.
     """
-    work = Work(source, loading, step.settings, output.journal, scores_file)
+    work = Work(source, loading, step.settings, output.journal, scores_file, limit)
     output.require(int(step.disk_share() * bytes_of(work.model)))
     step.check(work)
     work.calibration, work.evaluation = split_text(work.model, work.tokenizer, text, step.samples())
+    work.check_limit(step.copies())
     perplexity, memory = {"intact": work.perplexity()}, {"intact": bytes_of(work.model)}
     speed = work.speed("intact")
     plan = step.plan(work)
@@ -112,9 +120,10 @@ def run(
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
     disk = disk_bytes(output.results)
-    measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    measured: dict[str, Any] = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     if fallback:
         measured["fallback"] = fallback
+    measured |= {} if work.limit is None else work.limit.results()
     return with_inputs(_complete(report, step, work, plan, measured, scores_file), loading, text)
 
 
@@ -148,7 +157,8 @@ def _complete(
         results=results,
     )
     found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
-    return replace(report, summary=found, notes=[*report.notes, *harm_notes(fallback, step.rival)])
+    notes = [*above_limit(**measured.get("memory_limit", {})), *harm_notes(fallback, step.rival)]
+    return replace(report, summary=found, notes=[*report.notes, *notes])
 
 
 def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, Any]:

@@ -39,6 +39,7 @@ GROUPS = {
     ),
     "model and text": (
         *("dtype", "trust_remote_code", "revision", "layers_path", "teacher_dtype", "teacher_revision"),
+        "max_memory",
         *("text_column", "text_split", "text_config", "chat_template", "eval_text"),
     ),
     "samples": (

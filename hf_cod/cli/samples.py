@@ -30,7 +30,11 @@ TEXT = "input_ids"  # what models of text read
 
 
 def load_with_tokenizer(
-    source: str, loading: ModelSettings, instead: str = "hf_cod in Python", adapters: bool = False
+    source: str,
+    loading: ModelSettings,
+    instead: str = "hf_cod in Python",
+    adapters: bool = False,
+    in_files: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Loads a model and its tokenizer.
 
@@ -38,6 +42,7 @@ def load_with_tokenizer(
         source: Hub id, directory or GGUF file.
         loading: settings of model loading.
         instead: what to use for a model without tokenizer; part of the error message.
+        in_files: see `load_model`.
         adapters: whether adapters that are not merged are accepted, because the model is only measured.
 
     Raises:
@@ -45,7 +50,7 @@ def load_with_tokenizer(
             not read text; or it has an adapter (see `check_without_adapter`).
     """
     with busy(f"loading {model_title(source)}"):
-        model, tokenizer = load_model(source, loading)
+        model, tokenizer = load_model(source, loading, in_files=in_files)
     if not adapters:
         check_without_adapter(model, source)
     if tokenizer is None:

@@ -6,13 +6,15 @@ Imports only the standard library and other settings, so that `--help` is fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from hf_cod.cli.sizes import parse_bytes
 from hf_cod.compression.search.settings import SearchSettings
 from hf_cod.io.settings import (
     PLOT_FORMATS,
     DefaultNumber,
+    ModelSettings,
     SampleSettings,
     as_in,
     check_choice,
@@ -185,6 +187,32 @@ class SpreadSettings(CompressionSettings):
         super().check_scored(scores_file, instead)
         if scores_file is None and getattr(self, "score", None) == "uniform":
             check_effect(self, ["spread"], "score uniform, by which all layers are treated alike")
+
+
+@dataclass
+class LimitedModelSettings(ModelSettings):
+    """Settings of model loading, and a limit of memory."""
+
+    max_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "the most memory that the process may take, such as 4GB: the weights stay in the model's files, "
+            "and memory holds one layer at a time (CPU); default: all weights in memory, without a limit"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_memory is not None and parse_bytes(self.max_memory, "max_memory") <= 0:
+            raise ValueError(f"max_memory: expected more than 0 bytes, got {self.max_memory!r}")
+
+    def without_limit(self) -> ModelSettings:
+        """The settings that results depend on."""
+        return ModelSettings(**{f.name: getattr(self, f.name) for f in fields(ModelSettings)})
+
+    def limit(self) -> int | None:
+        """The limit in bytes; None without one."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory, "max_memory")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from hf_cod.io.module_names import without_unset
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.memory_limit import Copies
     from hf_cod.scoring.layer_scores import LayerScores
 
 
@@ -66,6 +67,16 @@ class Step(ABC):
         if "search_passes" in given and not given["search"]:
             del given["search"], given["search_passes"]
         return {self.earlier.get(name, name): value for name, value in given.items()}
+
+    def copies(self) -> Copies:
+        """What the change of one matrix takes in memory beside its weights, at most."""
+        from hf_cod.layers.memory_limit import Copies
+
+        return Copies(0)
+
+    def in_memory(self) -> str | None:
+        """The option because of which the step requires weights in memory; None if they may stay in files."""
+        return "search" if getattr(self.settings, "search", False) else None
 
     def disk_share(self) -> float:
         """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""

@@ -17,6 +17,7 @@ from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
 from hf_cod.io.whole_checkpoint import WholeCheckpoint
+from hf_cod.layers.memory_limit import Copies, MemoryLimit
 from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -37,6 +38,7 @@ class Work:
         tokenizer: its tokenizer.
         calibration, evaluation: disjoint samples for calibration and for evaluation.
         scores: scores of the layers, from a file or computed; None before that.
+        limit: of memory; None: without one, with all weights in memory.
         whole: everything that came with the model, for saving it.
         options: keyword arguments of every method: journal, layers_path, show_progress.
         name: name of the model in reports.
@@ -47,11 +49,18 @@ class Work:
     evaluation: Sequence[Batch]
 
     def __init__(
-        self, source: str, loading: ModelSettings, settings: Any, journal: Path, scores_file: str | None = None
+        self,
+        source: str,
+        loading: ModelSettings,
+        settings: Any,
+        journal: Path,
+        scores_file: str | None = None,
+        limit: int | None = None,
     ) -> None:
         self.scores = None if scores_file is None else read_scores(scores_file)
         self.source, self._loading, self.settings = source, loading, settings
-        self.model, self.tokenizer = load_with_tokenizer(source, loading)
+        self.limit = None if limit is None else MemoryLimit(limit)
+        self.model, self.tokenizer = load_with_tokenizer(source, loading, in_files=limit is not None)
         check_unquantized(self.model, source)
         self.whole = WholeCheckpoint(source, loading, self.model, self.tokenizer)
         self.name = model_title(source)
@@ -70,6 +79,18 @@ class Work:
         """The layers of the current model."""
         return find_decoder_layers(self.model, self.settings.layers_path)
 
+    def check_limit(self, copies: Copies) -> None:
+        """Checks that the limit of memory can be kept, once there are samples.
+
+        Args:
+            copies: what the change of one matrix takes.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.limit is not None:
+            self.limit.check(self.stack, [*self.calibration, *self.evaluation], copies)
+
     def renew(self) -> None:
         """Replaces the current model by the intact model."""
         self.model = None
@@ -78,13 +99,14 @@ class Work:
     def load(self) -> Any:
         """Loads the intact model."""
         with busy(f"loading {self.name}"):
-            return load_model(self.source, self._loading)[0]
+            return load_model(self.source, self._loading, in_files=self.limit is not None)[0]
 
     def reload(self, directory: Path) -> None:
         """Replaces the current model by the saved one."""
         self.model = None
         with busy("loading the saved model"):
-            self.model = load_model(str(directory), replace(self._loading, revision="main"))[0]
+            saved = replace(self._loading, revision="main")
+            self.model = load_model(str(directory), saved, in_files=self.limit is not None)[0]
 
     def score(self, method: str, **chosen: Any) -> LayerScores:
         """The scores from the file if one was passed, else those computed by a method with the command's settings."""

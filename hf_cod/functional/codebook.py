@@ -130,15 +130,16 @@ def compensated_codes(
     order = H.diagonal().argsort(descending=True, stable=True)
     U = inverse_factor(H[order][:, order].to(W), damping)
     V = W.mT[order]  # (K, N): columns as rows, a copy
-    scale = _safe(s).mT[order // block]  # (K, N)
+    scales, block_of = _safe(s).mT, (order // block).tolist()
     codes = torch.empty_like(V, dtype=torch.uint8)
     for start in range(0, len(V), COLUMNS):
         here = slice(start, start + COLUMNS)
         errors = torch.empty_like(V[here])
         for i in range(start, min(start + COLUMNS, len(V))):
-            found = _nearest(V[i] / scale[i], bits, uniform)
+            scale = scales[block_of[i]]
+            found = _nearest(V[i] / scale, bits, uniform)
             codes[i] = found.to(torch.uint8)
-            errors[i - start] = (V[i] - C[found] * scale[i]) / U[i, i]
+            errors[i - start] = (V[i] - C[found] * scale) / U[i, i]
             V[i + 1 : start + COLUMNS].addr_(U[i, i + 1 : start + COLUMNS], errors[i - start], alpha=-1)
         V[start + COLUMNS :].addmm_(U[here, start + COLUMNS :].mT, errors, alpha=-1)
     return codes[order.argsort()].mT.contiguous()

@@ -18,14 +18,15 @@ def damped_diagonal(H: Tensor, damping: float) -> Tensor:
     return torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand(len(H)).diag()
 
 
-def damped_cholesky(H: Tensor, damping: float) -> Tensor:
+def damped_cholesky(H: Tensor, damping: float, own: bool = False) -> Tensor:
     """The lower triangular L with L L^T = H + damping mean(diag H) I.
 
     If rounding makes that matrix not positive definite, damping is raised tenfold. For H = 0 the mean counts as 1.
 
     Args:
-        H: (n, n), symmetric; not modified.
+        H: (n, n), symmetric; not modified unless `own`.
         damping: > 0.
+        own: whether H may be modified, which saves the memory of a copy.
 
     Returns:
         (n, n).
@@ -33,7 +34,7 @@ def damped_cholesky(H: Tensor, damping: float) -> Tensor:
     Raises:
         ValueError: not positive definite with any damping.
     """
-    H = H.clone()
+    H = H if own else H.clone()
     diagonal = H.diagonal()  # a view
     mean = diagonal.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))

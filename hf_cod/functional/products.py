@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+# Numbers of a product that are in memory at a time.
+CHUNK = 1 << 22
+
 
 def output_energy(W: Tensor, H: Tensor) -> float:
     """|| X W^T ||_F^2 = tr(W H W^T), the energy of the outputs; of a difference of two matrices, that of their error.
@@ -12,4 +15,4 @@ def output_energy(W: Tensor, H: Tensor) -> float:
         W: (out, in).
         H: X^T X (in, in), in the dtype of W.
     """
-    return float(((W @ H) * W).sum())
+    return sum(float(((rows @ H) * rows).sum()) for rows in W.split(max(1, CHUNK // max(1, W.shape[1]))))

@@ -18,8 +18,10 @@ Pattern = tuple[int, int]
 
 DAMPING = 0.01  # SparseGPT (arXiv 2301.00774), percdamp in its code
 BLOCK = 128  # columns, as in SparseGPT's code
-# Weights that are sorted in groups at a time.
+# Weights whose importance is in memory at a time.
 CHUNK = 1 << 22
+# Columns of a triangular matrix that are inverted at a time.
+COLUMNS = 2048
 
 
 def magnitude_mask(W: Tensor, S: float, pattern: Pattern | None = None) -> Tensor:
@@ -56,9 +58,12 @@ def wanda_mask(W: Tensor, s: Tensor, S: float, pattern: Pattern | None = None) -
     Returns:
         (out, in) bool.
     """
-    A = _high(W).abs()
-    A = A * s.to(A)
-    return lowest_in_groups(A, pattern) if pattern is not None else lowest(A, zero_counts(W.shape[0], W.shape[1], S))
+    mask = torch.empty_like(W, dtype=torch.bool)
+    counts, rows = zero_counts(W.shape[0], W.shape[1], S), max(1, CHUNK // max(1, W.shape[1]))
+    for part, marks, zeros in zip(W.split(rows), mask.split(rows), counts.split(rows), strict=True):
+        A = _high(part).abs().mul_(s.to(_high(s.new_empty(0)).dtype))
+        marks.copy_(lowest_in_groups(A, pattern) if pattern is not None else lowest(A, zeros))
+    return mask
 
 
 def zero_counts(rows: int, columns: int, S: float) -> Tensor:
@@ -161,14 +166,25 @@ def inverse_factor(H: Tensor, damping: float) -> Tensor:
     Raises:
         ValueError: not positive definite with any damping.
     """
-    H = H.clone()
-    diagonal = H.diagonal()  # a view
+    diagonal = H.diagonal()
     live = diagonal > 0
-    diagonal[~live] = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
-    L = damped_cholesky(H.flip(0, 1), damping)
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
-    return U
+    mean = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
+    J = H.flip(0, 1)  # a copy
+    J.diagonal()[~live.flip(0)] = mean
+    return _inverse(damped_cholesky(J, damping, own=True).flip(0, 1))
+
+
+def _inverse(R: Tensor) -> Tensor:
+    """R^-1 of an upper triangular R (n, n), in the place of R; the memory beside it is that of a block of columns.
+
+    Columns s..e of R^-1 depend on the columns before e of R alone, so they are computed from right to left.
+    """
+    for start in reversed(range(0, len(R), COLUMNS)):
+        end = min(start + COLUMNS, len(R))
+        identity = torch.zeros(end, end - start, dtype=R.dtype, device=R.device)
+        identity[start:].fill_diagonal_(1)
+        R[:end, start:end] = torch.linalg.solve_triangular(R[:end, :end], identity, upper=True)
+    return R
 
 
 def _prune_block(V: Tensor, U: Tensor, dead: Tensor, count: int, pattern: Pattern | None) -> Tensor:

@@ -91,16 +91,17 @@ def _quantization_of(model: Any) -> str | None:
     return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
 
 
-def weight_files(source: Any, options: Mapping[str, Any]) -> list[str]:
-    """The safetensors files of a checkpoint that was just loaded; none for other formats.
+def weight_files(source: Any, options: Mapping[str, Any], local: bool = True) -> list[str]:
+    """The safetensors files of a checkpoint; none for other formats.
 
     Args:
         source: the directory or Hub id.
-        options: what it was loaded with; `revision` and `gguf_file` are used.
+        options: what it is loaded with; `revision` and `gguf_file` are used.
+        local: whether it was loaded before, so that nothing is downloaded.
     """
     if "gguf_file" in options:
         return []
-    place: dict[str, Any] = {"revision": options.get("revision"), "local_files_only": True}
+    place: dict[str, Any] = {"revision": options.get("revision"), "local_files_only": local}
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     whole = cached_file(source, SAFE_WEIGHTS_NAME, **place, **quiet)
     if whole is not None:

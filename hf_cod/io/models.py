@@ -21,6 +21,7 @@ from hf_cod.io.gguf_file import require_gguf
 from hf_cod.io.inputs import check_model_path
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
+from hf_cod.io.offloaded import IN_FILES, check_offloadable, offloading_silenced, refuse_in_files, weights_can_change
 from hf_cod.io.quantized import naming_package
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
 from hf_cod.models.stored_config import clear_quantized
@@ -44,7 +45,11 @@ _TRUST = "trust_remote_code"  # in the errors of transformers about code in a re
 
 
 def load_model(
-    name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]
+    name: str,
+    settings: ModelSettings | None = None,
+    *,
+    in_files: bool = False,
+    **fields: Unpack[ModelFields],
 ) -> tuple[nn.Module, Any]:
     """Loads a model in eval mode, with the head of its checkpoint, and its tokenizer.
 
@@ -55,6 +60,7 @@ def load_model(
         name: a Hub id, a directory, or a path that ends in ".gguf". The directory of an adapter stands for its base
             with the adapter: merged, or as a PEFT model if the base is quantized.
         settings: dtype, device, revision and trust_remote_code.
+        in_files: whether the weights stay in the files of the model, on a CPU (`io/offloaded.py`).
         **fields: fields of `ModelSettings` as keywords; they override `settings`.
 
     Returns:
@@ -62,7 +68,7 @@ def load_model(
 
     Raises:
         ValueError: the model or its tokenizer does not exist or cannot be read (gives the reason), or weights are
-            missing, unexpected or of another shape (`loading.check_loaded`).
+            missing, unexpected or of another shape (`loading.check_loaded`); weights cannot stay in files.
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
@@ -70,6 +76,8 @@ def load_model(
     base = base_of(source)
     if "gguf_file" not in options:
         check_adapter_files(Path(source))
+    if in_files:
+        check_offloadable(name, source, options, settings.device or best_device(), adapter=base is not None)
     if base is not None:
         model, tokenizer = load_model(base, settings)
         with _naming(name, source, options):
@@ -78,12 +86,13 @@ def load_model(
             return adapted, _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
     with naming_package(config, name), _naming(name, source, options):
-        model = _load_with_head(source, config, {**options, **_placement(settings)})
+        load = _load_in_files if in_files else _load_with_head
+        model = load(source, config, {**options, **_placement(settings)})
     if "gguf_file" in options:
         _forget_gguf(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         logger.warning("model: the adapter in %r is added to its weights, as transformers does", name)
-    if settings.device != "auto":
+    if not in_files and settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(name, source, options)
 
@@ -190,8 +199,9 @@ def _naming(name: str, source: str, options: dict[str, Any]) -> Iterator[None]:
 
 
 def _unreadable(name: str, source: str, error: Exception) -> ValueError:
-    if str(error).startswith("model: expected") and f" in {source!r}" in str(error):
-        return ValueError(str(error))
+    told = str(error)
+    if told.startswith("max_memory: ") or (told.startswith("model: expected") and f" in {source!r}" in told):
+        return ValueError(told)
     if str(error).startswith("model: expected"):
         return ValueError(str(error).replace(", got", f", got in {name!r}", 1))
     if _TRUST in str(error):
@@ -223,6 +233,19 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
         logger.warning("the checkpoint has no weights for the head of %s: the model is loaded without head", named)
         return load_exactly(AutoModel, source, **options)
     check_loaded(model, info)
+    return model
+
+
+def _load_in_files(source: str, config: Any, options: dict[str, Any]) -> Any:
+    """As `_load_with_head`; the weights stay in files."""
+    try:
+        with offloading_silenced():
+            model = _load_with_head(source, config, {**options, "device_map": IN_FILES})
+    except ValueError as error:
+        if "offload_folder" in str(error):  # transformers requires one for tensors that it changes
+            refuse_in_files(f"a checkpoint with the tensors of the model, got {source!r}, whose tensors are converted")
+        raise
+    weights_can_change(model)
     return model
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,28 +24,58 @@ _READ = 1 << 20  # bytes hashed at a time
 
 
 def save_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, checked: bool = False
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    checked: bool = False,
+    read: Callable[[str], Tensor] | None = None,
 ) -> Path:
-    """Writes a safetensors file atomically.
+    """Writes a safetensors file atomically, one tensor at a time.
 
     Args:
         path: the file.
         tensors: name -> tensor.
         metadata: name -> string, for the metadata of the file.
         checked: add a checksum (SHA-256) to the metadata, which `is_whole` verifies.
+        read: name -> the tensor, if those in `tensors` are on the meta device; called once for each, or twice if
+            `checked`.
     """
-    content = memoryview(save(dict(tensors)))
-    start = _PREFIX + int.from_bytes(content[:_PREFIX], "little")
-    header, data = parse_json(bytes(content[_PREFIX:start]).decode(), "header"), content[start:]
-    told = dict(sorted(metadata.items()))
+    header, told = _header(tensors), dict(sorted(metadata.items()))
+    read = read or tensors.__getitem__
     if checked:
         digest = _digest({**header, METADATA: told})
-        digest.update(data)
+        for name in header:
+            digest.update(_content(read(name), tensors[name]))
         told[DIGEST] = digest.hexdigest()
-    text = json.dumps({METADATA: told, **header}, separators=(",", ":")).encode()
+    text = json.dumps({METADATA: told, **header}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _PREFIX)  # so that tensors are aligned
-    parts = (len(text).to_bytes(_PREFIX, "little"), text, data)
-    return write_aside(path, lambda file: [file.write(part) for part in parts])
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(_PREFIX, "little") + text)
+        for name in header:
+            file.write(_content(read(name), tensors[name]))
+
+    return write_aside(path, write)
+
+
+def _header(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The entries of the header, in the order of safetensors: that of a file of empty tensors with these dtypes."""
+    content = save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()})
+    text = content[_PREFIX : _PREFIX + int.from_bytes(content[:_PREFIX], "little")].decode()
+    header: dict[str, dict[str, Any]] = parse_json(text, "header")
+    start = 0
+    for name, entry in header.items():
+        end = start + tensors[name].nbytes
+        entry |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        start = end
+    return header
+
+
+def _content(tensor: Tensor, expected: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is contiguous."""
+    assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def is_whole(path: str | Path, known: set[str], of: Mapping[str, str] | None = None) -> bool:

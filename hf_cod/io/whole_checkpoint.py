@@ -16,6 +16,8 @@ from hf_cod.io.generation import mend_generation
 from hf_cod.io.loading import weight_files
 from hf_cod.io.model_config import CONFIG
 from hf_cod.io.models import locate
+from hf_cod.io.offloaded import offloaded_weights
+from hf_cod.io.offloaded_checkpoint import save_offloaded
 from hf_cod.io.reading import parse_json, read_text
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.unread_weights import append_weights, promises, unread_weights, withdraw
@@ -63,7 +65,10 @@ class WholeCheckpoint:
             Notes for the report: what was mended, and what could not be kept.
         """
         notes = self.before_saving(model)
-        model.save_pretrained(directory)
+        if offloaded_weights(model) is None:
+            model.save_pretrained(directory)
+        else:
+            save_offloaded(model, directory)
         self.after_saving(model, directory)
         return notes
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.layers.experts import check_weight_in_memory
+from hf_cod.layers.offloading import in_memory
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.models.factors import LowRankExperts, LowRankLinear
 from hf_cod.models.shaping import check_shapeable
@@ -36,39 +38,46 @@ def check_without_adapter(model: nn.Module, source: str) -> None:
         )
 
 
-def check_writable(stack: DecoderLayers, factors: bool = False) -> None:
+def check_writable(stack: DecoderLayers, factors: bool = False, in_files: bool = False) -> None:
     """Checks that each matrix can be changed in place.
 
     Args:
         stack: the layers.
         factors: whether experts may be factors, as for training.
+        in_files: whether weights may stay in files, because layers change in `changed_in_memory`.
 
     Raises:
         ValueError: adapters, quantized, offloaded or sharded weights; a weight that two matrices share (or a matrix
             and an embedding); NaN or infinity. Says in which module.
     """
-    names = _names_of_weights(stack.model)
     for index in range(len(stack)):
-        adapter = next((n for n, m in stack[index].named_modules() if hasattr(m, "base_layer")), None)
-        if adapter is not None:
-            raise ValueError(
-                f"model: expected plain weights, got an adapter at {stack.layers_path}.{index}.{adapter}; "
-                "call merge_and_unload first, or prune the base model"
-            )
-        for name, weight in _parameters(stack, index, factors):
-            _check_plain(name, weight)
-            shared = [other for other in names[id(weight)] if other != names[id(weight)][0]]
-            if shared:
-                raise ValueError(
-                    f"model: expected a separate weight for each matrix, got {names[id(weight)][0]}, which is shared "
-                    f"with {shared[0]}"
-                )
-            if not weight.isfinite().all():
-                raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
+        with in_memory(stack[index]) if in_files else nullcontext():
+            _check_layer(stack, index, factors)
     if not any(stack.count_weights(index) for index in range(len(stack))):
         raise ValueError(
             f"model: expected matrices in the layers of {type(stack.model).__name__} ({stack.layers_path}), got none"
         )
+
+
+def _check_layer(stack: DecoderLayers, index: int, factors: bool) -> None:
+    """Checks one layer, as `check_writable`."""
+    names = _names_of_weights(stack.model)
+    adapter = next((n for n, m in stack[index].named_modules() if hasattr(m, "base_layer")), None)
+    if adapter is not None:
+        raise ValueError(
+            f"model: expected plain weights, got an adapter at {stack.layers_path}.{index}.{adapter}; "
+            "call merge_and_unload first, or prune the base model"
+        )
+    for name, weight in _parameters(stack, index, factors):
+        _check_plain(name, weight)
+        shared = [other for other in names[id(weight)] if other != names[id(weight)][0]]
+        if shared:
+            raise ValueError(
+                f"model: expected a separate weight for each matrix, got {names[id(weight)][0]}, which is shared "
+                f"with {shared[0]}"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
 
 
 def check_reshapeable(stack: DecoderLayers, doing: str) -> None:

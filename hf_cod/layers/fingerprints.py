@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_cod.io.files import fingerprint
 from hf_cod.io.journal import Journal
+from hf_cod.io.offloaded import stored_parameters
 from hf_cod.io.text import Batch
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import unpacked
@@ -46,14 +47,15 @@ class Journals:
 def _digest_model(model: nn.Module) -> str:
     """A hash of config, adapters and a few entries of each weight, buffers that hold weights included.
 
-    Of offloaded weights only names are included: do not reuse a directory for two offloaded models of one config.
+    Of weights that accelerate offloads in its own way only names are included: do not reuse a directory for two such
+    models of one config.
     """
     config: Any = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
     rows: list[Any] = [described, getattr(config, "_attn_implementation", None)]
     for name, module in model.named_modules():
         rows += [[name, key, str(getattr(module, key))] for key in ADAPTER_STATE if hasattr(module, key)]
-    rows += [[name, str(p.dtype), _sample(p.detach())] for name, p in model.named_parameters()]
+    rows += [[name, str(p.dtype), _sample(p)] for name, p in stored_parameters(model)]
     rows += [[name, str(b.dtype), _sample(b)] for name, b in _saved_buffers(model)]
     return fingerprint(rows)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_cod.io.files import fingerprint
 from hf_cod.io.journal import JournalError
+from hf_cod.io.offloaded import offloaded_weights
 from hf_cod.io.reading import naming_file, open_tensors, parse_json
 from hf_cod.io.tensors import is_whole, save_tensors
 from hf_cod.io.text import Batch
@@ -104,8 +105,20 @@ class FinishedLayers:
         self.notes[index] = note
         path = self._path(index)
         if path is not None:
-            tensors = {name: tensor.contiguous() for name, tensor in self._tensors_of(index).items()}
-            save_tensors(path, tensors, {_NOTE: json.dumps(note), **self._identity(index)}, checked=True)
+            save_tensors(
+                path, self._tensors_of(index), {_NOTE: json.dumps(note), **self._identity(index)}, checked=True
+            )
+
+    def scratch(self) -> Path:
+        """A directory beside the files, for what only the running process needs."""
+        assert self._directory is not None  # as in `kept`
+        return self._directory / f"{self._work}-scratch"
+
+    def kept(self, index: int) -> tuple[Path, dict[str, Tensor]]:
+        """The file of a finished layer that is in the model, and the tensors that it holds."""
+        path = self._path(index)
+        assert path is not None  # `fingerprint_of_work` requires a directory where this is used
+        return path, self._tensors_of(index)
 
     def _find(self, index: int) -> bool:
         """Looks for the file of a layer; a damaged one is removed."""
@@ -130,5 +143,11 @@ class FinishedLayers:
 def fingerprint_of_work(
     directory: str | Path | None, model: nn.Module, batches: Sequence[Batch] | None, *settings: Any
 ) -> str:
-    """The fingerprint by which `FinishedLayers` identifies this work; "" without a directory, where nothing is kept."""
+    """The fingerprint by which `FinishedLayers` identifies this work; "" without a directory, where nothing is kept.
+
+    Raises:
+        ValueError: no directory for a model whose weights stay in files; those of its finished layers would have none.
+    """
+    if directory is None and offloaded_weights(model) is not None:
+        raise ValueError("journal: expected a directory for a model whose weights stay in files, got none")
     return "" if directory is None else fingerprint(Journals(directory, model, batches or []).inputs, *settings)

@@ -17,8 +17,10 @@ from torch import Tensor
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.hidden_states import HiddenStates, hidden_states
 from hf_cod.layers.independence import dependence
 from hf_cod.layers.modes import one_thread
+from hf_cod.layers.offloading import changed_in_memory
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -64,8 +66,8 @@ def change_sequentially(
     """Changes all layers in order. Each runs twice on all batches: for its sums, and, once changed, for the next layer.
 
     In addition to the model, memory holds the hidden state of each batch on the CPU, and the sums and activations of
-    one layer. Finished layers are only run. Where the whole model runs for each layer, that takes a forward pass for
-    each, and no hidden states are held.
+    one layer; for a model whose weights stay in files, hidden states are in files, too. Finished layers are only run.
+    Where the whole model runs for each layer, that takes a forward pass for each, and no hidden states are held.
 
     Returns:
         A sentence for a report if the whole model runs for each layer, else none.
@@ -77,7 +79,8 @@ def change_sequentially(
         else:
             _warn(stack, why)
             for index, sums in _whole_passes(stack, batches, make_recorder, finished, title, show_progress):
-                finished.add(index, change_layer(index, sums))
+                with changed_in_memory(stack, index, finished):
+                    finished.add(index, change_layer(index, sums))
     return [] if why is None else [f"the whole model was run for each layer: {why}"]
 
 
@@ -91,19 +94,20 @@ def _change_one_after_another(
     show_progress: bool,
 ) -> None:
     last = _last_unfinished(stack, finished)
-    before: list[State | None] = [None] * len(batches)
-    for index in progress(range(len(stack)), title, show_progress):
-        if index in finished:
-            finished.restore(index)
-        else:
-            sums = make_recorder(stack, [index])
-            for _ in _run(stack, index, batches, before, sums):
-                pass
-            finished.add(index, change_layer(index, sums))
-            del sums
-        if index < last:
-            for number, (hidden, rest) in _run(stack, index, batches, before):
-                before[number] = (hidden.cpu(), rest)
+    with hidden_states(stack, len(batches), finished) as before:
+        for index in progress(range(len(stack)), title, show_progress):
+            with changed_in_memory(stack, index, finished):
+                if index in finished:
+                    finished.restore(index)
+                else:
+                    sums = make_recorder(stack, [index])
+                    for _ in _run(stack, index, batches, before, sums):
+                        pass
+                    finished.add(index, change_layer(index, sums))
+                    del sums
+                if index < last:
+                    for number, state in _run(stack, index, batches, before):
+                        before[number] = state
 
 
 @torch.no_grad()
@@ -121,8 +125,7 @@ def measure_sequentially(
     """
     why = dependence(stack, batches)
     last = _last_unfinished(stack, finished)
-    before: list[State | None] = [None] * len(batches)
-    with evaluation_mode(stack):
+    with evaluation_mode(stack), hidden_states(stack, len(batches), finished) as before:
         if why is not None:
             _warn(stack, why)
             for index, sums in _whole_passes(stack, batches, make_recorder, finished, title, show_progress):
@@ -131,8 +134,8 @@ def measure_sequentially(
         for index in progress(range(len(stack)), title, show_progress):
             found = None if index in finished else make_recorder(stack, [index])
             if index <= last:
-                for number, (hidden, rest) in _run(stack, index, batches, before, found):
-                    before[number] = (hidden.cpu(), rest)
+                for number, state in _run(stack, index, batches, before, found):
+                    before[number] = state
             if found is None:
                 finished.restore(index)
             else:
@@ -150,10 +153,11 @@ def change_each(
     """Changes all layers in order without running them, from their weights alone or with `sums` of the intact model."""
     with one_thread(stack.model):
         for index in progress(range(len(stack)), title, show_progress):
-            if index in finished:
-                finished.restore(index)
-            else:
-                finished.add(index, change_layer(index, sums))
+            with changed_in_memory(stack, index, finished):
+                if index in finished:
+                    finished.restore(index)
+                else:
+                    finished.add(index, change_layer(index, sums))
 
 
 def _whole_passes(
@@ -168,7 +172,8 @@ def _whole_passes(
     device = execution_device(stack.model)
     for index in progress(range(len(stack)), title, show_progress):
         if index in finished:
-            finished.restore(index)
+            with changed_in_memory(stack, index, finished):
+                finished.restore(index)
             continue
         sums = make_recorder(stack, [index])
         with sums.attached():
@@ -193,7 +198,7 @@ def _run(
     stack: DecoderLayers,
     index: int,
     batches: Sequence[Batch],
-    before: Sequence[State | None],
+    before: HiddenStates,
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[int, State]]:
     """Runs one layer on each batch, with a recorder if given; yields numbers of batches and states."""

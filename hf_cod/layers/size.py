@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.offloaded import view_of
 from hf_cod.layers.stack import find_decoder_layers
 
 
@@ -49,14 +51,26 @@ def size_results(sizes: Mapping[str, ModelSize]) -> dict[str, dict[str, int]]:
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model."""
-    return sum(p.numel() for p in model.parameters())
+    in_files = _in_files(model)
+    own = (p for p in model.parameters() if not (p.is_meta and in_files))
+    return sum(p.numel() for p in (*own, *in_files.values()))
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's tensors in memory, each storage counted once."""
+    """Bytes of a module's tensors in memory, each storage counted once; weights that stay in files count as if read."""
     tensors = [*module.parameters(), *module.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    return sum(storages.values()) + sum(tensor.nbytes for tensor in _in_files(module).values())
+
+
+def _in_files(module: nn.Module) -> dict[Any, Tensor]:
+    """Place in a file -> parameter of the tensors that stay in files; tied ones have one place."""
+    found: dict[Any, Tensor] = {}
+    for each, view in ((each, view_of(each)) for each in module.modules()):
+        for name, tensor in each.named_parameters(recurse=False):
+            if tensor.is_meta and view is not None:
+                found[view.dataset.place(view.prefix + name)] = tensor
+    return found
 
 
 def disk_bytes(directory: str | Path) -> int:

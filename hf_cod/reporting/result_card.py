@@ -198,11 +198,17 @@ def _figures(report: RunReport) -> str:
     return "\n".join(lines)
 
 
+_NOT_SHOWN = (
+    *("modules", "module_sparsity", "module_bits", "score", "score_settings", "evaluation", "plan"),
+    "memory_limit",  # of the machine that made the model
+)
+
+
 def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, value) of results that are one number, or one number per model; longer results are only in report.json."""
     for name, value in results.items():
         shown, found = name.replace("_", " "), value if isinstance(value, dict) else {"": value}
-        if name not in ("modules", "module_sparsity", "module_bits", "score", "score_settings", "evaluation", "plan"):
+        if name not in _NOT_SHOWN:
             for part, number in found.items():
                 if isinstance(number, (int, float)) and not isinstance(number, bool):
                     figure = f"{number:,}" if isinstance(number, int) else format_number(number)

@@ -95,7 +95,7 @@ BAD = {
     **dict.fromkeys(["scores", "statistics", "plan", "chat_template"], FILE),
     **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},
     **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
-    "memory": ["much", "-4GB"],
+    **{key: ["much", "-4GB"] for key in ["memory", "max_memory"]},
     "output": ["text.txt", "taken"],
     "start": ["-1", "x"],
     "end": ["0", "x"],

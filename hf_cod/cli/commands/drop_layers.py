@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
+from hf_cod.cli.settings import LimitedModelSettings, MeasuringSettings, ResultsOutput, SpeedSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.depth.settings import DepthSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+from hf_cod.io.settings import TextSettings, as_in
 
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
@@ -83,7 +83,7 @@ class DropLayersOutput(ResultsOutput):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, DropLayersOptions, DropLayersOutput],
+        [LimitedModelSettings, TextSettings, DropLayersOptions, DropLayersOutput],
         prog="hf-cod drop-layers",
         description="Removes the least important layers of a model. A stock model remains a stock checkpoint, which "
         "loads without hf_cod. After an interruption the same command resumes. The input model is never changed.",
@@ -121,6 +121,10 @@ class DropLayers(Step):
     def identity(self) -> Any:
         """The settings and the plan file."""
         return [super().identity(), self.plan_file]
+
+    def in_memory(self) -> str | None:
+        """Linear maps become part of matrices that are in memory."""
+        return None if self.settings.replacement == "none" else f"replacement {self.settings.replacement}"
 
     def plan(self, work: Work) -> DepthPlan:
         """The layers to remove."""

@@ -9,11 +9,17 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, PlanSearchSettings, SpreadSettings, check_parts
+from hf_cod.cli.settings import (
+    CompressionOutput,
+    LimitedModelSettings,
+    PlanSearchSettings,
+    SpreadSettings,
+    check_parts,
+)
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
-from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice, check_effect, check_least
+from hf_cod.io.settings import DefaultName, TextSettings, as_in, check_choice, check_effect, check_least
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import PRUNERS, ScoreSettings, options_of
 from hf_cod.training.healing.settings import RecoverySettings
@@ -21,6 +27,7 @@ from hf_cod.training.healing.settings import RecoverySettings
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.memory_limit import Copies
     from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
@@ -129,7 +136,7 @@ class RecoveryOptions:
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, PruneOptions, RecoveryOptions, CompressionOutput],
+        [LimitedModelSettings, TextSettings, PruneOptions, RecoveryOptions, CompressionOutput],
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more in less important layers, and writes a model "
         "that from_pretrained loads. After an interruption the same command resumes. The input model is never changed. "
@@ -166,6 +173,16 @@ class Prune(Step):
         """The settings, including those of recovery."""
         return [super().identity(), self.earlier_names(self.recovery)]
 
+    def copies(self) -> Copies:
+        """Those of the method; scores of outliers and of magnitudes take more than Wanda."""
+        from hf_cod.layers.memory_limit import Copies
+
+        return {"magnitude": Copies(22), "sparsegpt": Copies(14, products=True)}.get(self.settings.method, Copies(12))
+
+    def in_memory(self) -> str | None:
+        """Training requires the weights."""
+        return "recover_steps" if self.recovery.recover_steps else super().in_memory()
+
     def disk_share(self) -> float:
         """Zeros are stored in the same format as other weights."""
         return 1.0
@@ -178,7 +195,7 @@ class Prune(Step):
         from hf_cod.layers.module_choice import choose_modules
 
         stack = choose_modules(work.stack, self.settings).stack
-        check_writable(stack)
+        check_writable(stack, in_files=True)
         M = self.settings.group or (parse_pattern(self.settings.fixed)[1] if self.settings.fixed else None)
         if M is not None:
             check_pattern(stack, M)

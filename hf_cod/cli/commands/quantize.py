@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, CompressionSettings, PlanSearchSettings
+from hf_cod.cli.settings import CompressionOutput, CompressionSettings, LimitedModelSettings, PlanSearchSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits, check_mixture
 from hf_cod.functional.bits import BITS
 from hf_cod.io.module_names import Names, check_names, given_names
-from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.io.settings import DefaultName, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK, ScoreSettings, options_of
 from hf_cod.scoring.settings import EXPERT_METHODS as EXPERTS
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -20,6 +20,7 @@ from hf_cod.scoring.settings import METHODS as SCORES
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.memory_limit import Copies
     from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.expert_scores import ExpertScores
@@ -115,7 +116,7 @@ class QuantizeOptions(CompressionSettings, PlanSearchSettings, StorageSettings):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, QuantizeOptions, CompressionOutput],
+        [LimitedModelSettings, TextSettings, QuantizeOptions, CompressionOutput],
         prog="hf-cod quantize",
         description="Quantizes the layers' matrices to three and four bits per weight, four in more important layers, "
         "and writes a model that from_pretrained loads if hf_cod is imported. After an interruption the same command "
@@ -148,6 +149,12 @@ class Quantize(Step):
         super().__init__(settings)
         self._planned: LayerAllocation | None = None
         self._experts: ExpertScores | None = None
+
+    def copies(self) -> Copies:
+        """Those of the rounding."""
+        from hf_cod.layers.memory_limit import Copies
+
+        return Copies(14, products=True) if self.settings.rounding == "compensated" else Copies(14)
 
     def check(self, work: Work) -> None:
         """Checks that a mixture with these bits exists for the shapes of the model, and that it can be loaded again."""

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
-from hf_cod.cli.settings import PlotSettings
+from hf_cod.cli.settings import LimitedModelSettings, PlotSettings
 from hf_cod.io.settings import (
     DefaultName,
     DefaultNumber,
-    ModelSettings,
     SampleSettings,
     TextSettings,
     as_in,
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 
 STATISTICS, SCORES, EXPERT_SCORES = "statistics.safetensors", "scores.json", "expert_scores.json"
 IMATRIX = "imatrix.gguf"
+# Bytes that scores of outliers, and pruning for a score, take for each weight of a matrix.
+SCORED = 22
 
 
 @dataclass
@@ -98,7 +99,7 @@ class ScoreOutput(PlotSettings):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
+        [LimitedModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
         description="Scores the importance of each layer, by OWL's share of outliers or another method, and writes "
         "statistics.safetensors and scores.json for other commands; with --experts also scores each expert of a "
@@ -123,7 +124,10 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.text import load_texts, token_batches
     from hf_cod.layers.batches import with_labels
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.memory_limit import Copies, MemoryLimit, above_limit
+    from hf_cod.layers.stack import find_decoder_layers, unwrap
 
+    limit, loading = loading.limit(), loading.without_limit()
     directory = Path(output.output or default_directory("score", rest.model))
     texts = load_texts(text)
     if output.plots:
@@ -131,12 +135,17 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         check_file(output.statistics)
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", adapters=True)
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", True, limit is not None)
         check_length(model, settings.sequence_length)
         batches = with_labels(model, tokenizer, token_batches(tokenizer, texts, settings), settings.seed)
         told = asdict(loading) | asdict(text)
+        kept = None if limit is None else MemoryLimit(limit)
+        if kept is not None:
+            kept.check(find_decoder_layers(unwrap(model), settings.layers_path), batches, Copies(SCORED))
         report = run(model, batches, settings, output, directory, model_title(rest.model), told)
-        report = replace(report, notes=[*text_notes(text), *report.notes])
+        measured = {} if kept is None else kept.results()
+        notes = [*text_notes(text), *report.notes, *above_limit(**measured.get("memory_limit", {}))]
+        report = replace(report, results=report.results | measured, notes=notes)
         save_report(report, place.results, output)
         written = [STATISTICS, SCORES, *([EXPERT_SCORES] if settings.experts else [])]
         place.finish(beside=[*written, *([IMATRIX] if output.imatrix else [])])

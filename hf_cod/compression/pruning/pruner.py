@@ -113,7 +113,7 @@ def prune(
         check_inputs(stack.model, batches)
     targets = _targets(plan, stack)
     choice = choose_modules(stack, how)
-    check_writable(choice.stack)
+    check_writable(choice.stack, in_files=True)
     use = check_unwritten(stack.model, batches)
     of_matrices = _targets_of_matrices(plan, stack)
     for M in {t.pattern[1] for t in (*targets, *of_matrices.values()) if t.pattern is not None}:

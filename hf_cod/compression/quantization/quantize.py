@@ -118,7 +118,7 @@ def quantize(
         check_inputs(stack.model, batches)
     choice = choose_modules(stack, config)
     stack = choice.stack
-    check_writable(stack)
+    check_writable(stack, in_files=True)
     use = check_unwritten(stack.model, batches)
     plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)

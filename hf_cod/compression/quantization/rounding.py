@@ -145,8 +145,8 @@ class Rounding:
         scales = tensors["scales.absmax"], tensors.get("scales.nested_absmax"), tensors.get("scales.offset")
         codes = tensors["weight"].view(len(W), -1)
         Q = decoded_matrix(codes, scales, bits, self._storage.block, W.dtype)[:, : W.shape[1]]
-        self.lost += output_energy(W - Q, products)
         self.energy += output_energy(W, products)
+        self.lost += output_energy(Q.sub_(W), products)
 
 
 def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: torch.dtype | None = None) -> Any:
