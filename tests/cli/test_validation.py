@@ -95,7 +95,8 @@ BAD = {
     **dict.fromkeys(["scores", "statistics", "plan", "chat_template"], FILE),
     **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},
     **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
-    **{key: ["much", "-4GB"] for key in ["memory", "max_memory"]},
+    "memory": ["much", "-4GB"],
+    "max_memory": ["much", "-4GB", "0"],
     "output": ["text.txt", "taken"],
     "start": ["-1", "x"],
     "end": ["0", "x"],
