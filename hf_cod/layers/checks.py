@@ -108,9 +108,21 @@ def _parameters(stack: DecoderLayers, index: int, factors: bool) -> Iterator[tup
             yield name, parameter
 
 
-def _check_plain(name: str, weight: Any) -> None:
+def check_unfactored(name: str, weight: Any) -> None:
+    """Checks that the matrices of a bank of experts are not factors.
+
+    Raises:
+        ValueError: they are.
+    """
     if isinstance(weight, LowRankExperts):
-        raise ValueError(f"model: expected dense matrices, got factors of experts in {name}; use the original model")
+        raise ValueError(
+            f"model: expected dense matrices, got factors of experts in {name}; use the original model, or, to prune or "
+            "quantize the other matrices, exclude these"
+        )
+
+
+def _check_plain(name: str, weight: Any) -> None:
+    check_unfactored(name, weight)
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
         kind = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         raise ValueError(f"model: expected plain floating-point weights, got {kind} in {name}; prune before quantizing")

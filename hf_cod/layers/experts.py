@@ -70,7 +70,7 @@ class ExpertMatrix:
     def weights(self) -> Tensor:
         """(experts, out, in): a view of the parameter, which must be in memory; decoded, if it is packed."""
         if isinstance(self.parameter, ExpertParameter):
-            return torch.stack([*self.parameter.unpack()])
+            return torch.stack([*self.parameter.unpack()]).detach()
         return self.matrices_of(self.parameter.detach())
 
     def matrices_of(self, stored: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class ExpertMatrix:
     def read(self, expert: int) -> Tensor:
         """(out, in): the weight of one expert; a view, if the parameter is in memory; decoded, if it is packed."""
         if isinstance(self.parameter, ExpertParameter):
-            return self.parameter.decoded(self.parameter(), expert, torch.float32)
+            return self.parameter.decoded(self.parameter(), expert, torch.float32).detach()
         with align_module_device(self.module):
             return self.weights()[expert]
 

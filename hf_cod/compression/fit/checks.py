@@ -51,6 +51,19 @@ def check_stored(stack: DecoderLayers) -> None:
     check_writable(stack)
 
 
+def check_sparsity(stack: DecoderLayers) -> None:
+    """The same, and zeros can be stored without numbers: those of banks of experts cannot."""
+    check_stored(stack)
+    banks = [matrix for index in range(len(stack)) for matrix in stack.expert_matrices(index)]
+    if banks:
+        weights = sum(matrix.parameter.numel() for matrix in banks)
+        share = weights / sum(stack.count_weights(index) for index in range(len(stack)))
+        raise ValueError(
+            f"model: expected Linears, which are packed without their zeros, got banks of experts with {share:.0%} of "
+            "the weights, which are not packed"
+        )
+
+
 def check_rank(stack: DecoderLayers) -> None:
     """The weights are plain ones in memory, and the model can have matrices of other shapes."""
     check_shapeable(stack.model)

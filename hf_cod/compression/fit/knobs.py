@@ -17,7 +17,7 @@ from hf_cod.compression.fit.checks import (
     check_depth,
     check_experts,
     check_rank,
-    check_stored,
+    check_sparsity,
     check_width,
     has_experts,
     numbers_of_experts,
@@ -232,7 +232,7 @@ KNOBS: dict[str, Knob] = {
         _shares(*range(50, 85, 5)),
         3,
         _sparse,
-        check_stored,
+        check_sparsity,
         lambda x: f"{x:.0%} of the weights zero and packed",
         _left_by_sparsity,
         structural=False,
@@ -250,7 +250,7 @@ KNOBS: dict[str, Knob] = {
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
 # Factors of experts are stored as numbers.
-EXCLUSIVE_OF_BANKS = (*EXCLUSIVE, ("rank", "sparsity"), ("rank", "bits"))
+EXCLUSIVE_OF_BANKS = (*EXCLUSIVE, ("rank", "bits"))
 # Errors of methods that do not support the model or miss a package, and of trials with a loss that is not finite.
 # RuntimeError: torch's, if a decomposition fails, memory is exhausted, or an operation has no kernel.
 FAILURES = (ValueError, ImportError, RuntimeError)

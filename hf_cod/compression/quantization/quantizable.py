@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Size
+from hf_cod.layers.checks import check_unfactored
 from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.orientation import is_plain, shape_of
@@ -21,6 +22,9 @@ def quantizable(
     """Name -> (out, in), or (experts, out, in), of the quantizable matrices of each layer; and name -> the reason, for
     all other matrices that `stack` lists. Routers, gates and latent projections are quantizable if `stack` includes
     them by name.
+
+    Raises:
+        ValueError: experts that are factors.
     """
     layers: list[dict[str, Size]] = []
     use = direct_use(stack.model)
@@ -38,6 +42,7 @@ def quantizable(
             else:
                 layers[-1][name] = size
         for matrix in stack.expert_matrices(index):
+            check_unfactored(matrix.name, matrix.parameter)
             reason = _reason_of_bank(matrix, skip, owners) or use.unpackable.get(matrix.name)
             if reason:
                 left[matrix.name] = reason

@@ -68,9 +68,15 @@ def estimate_memory(
         trust_remote_code: whether a model's own code may run.
 
     Raises:
-        ValueError: the forward pass requires the contents of tensors, such as that of DBRX, which loops over the tokens
-            of each expert in code of its own.
+        ValueError: the config is that of quantized or packed weights, which a model from a config does not have; the
+            forward pass requires the contents of tensors, such as that of DBRX, which loops over the tokens of each
+            expert in code of its own.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "config: expected that of plain weights, got quantized or packed ones, whose memory is not estimated; the "
+            "estimate of the original model is an upper bound"
+        )
     with torch.device("meta"):
         model = _model_of(config)(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if checkpointing:

@@ -478,6 +478,9 @@ def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp
     assert "84 matrices have zeros, which this training fills" in caplog.text + capsys.readouterr().err
     assert main(["finetune", str(tmp_path / "packed"), *short, "--output", str(tmp_path / "b")]) == 2
     assert "expected one with adapters (owlore-peft, lora)" in capsys.readouterr().err
+    assert main(["finetune", str(tmp_path / "packed"), "--estimate"]) == 0
+    told = "not estimated, lora: config: expected that of plain weights, got quantized or packed ones"
+    assert told in " ".join(capsys.readouterr().out.split())
     adapted = [*ANY.split(), "--steps", "1", "--method", "lora", "--output", str(tmp_path / "b")]
     assert main(["finetune", str(tmp_path / "packed"), *adapted]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")

@@ -17,6 +17,7 @@ from hf_cod import (
     find_decoder_layers,
     heal,
     narrow,
+    plan_bits,
     plan_ranks,
     prune,
     quantize,
@@ -241,18 +242,37 @@ def test_refused(tmp_path):
     ):
         factorize(model, plan_for(model, "own", 32), "plain")
     factorize(model, 0.5, "plain")
+    model.save_pretrained(tmp_path / "factors")
     for change in (
         lambda: factorize(model, 0.4, "plain"),
         lambda: prune(model, 0.5, "magnitude"),
         lambda: narrow(model, 0.5, "magnitude", "none"),
         lambda: quantize(model, OwlBnbConfig(bits=4)),
         lambda: drop_experts(model, 0.5, batches=[batch_for(model)]),
+        lambda: plan_bits(model, 4),
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "factors", quantization_config=OwlBnbConfig(bits=4)),
     ):
         with pytest.raises(ValueError, match=f"expected dense matrices, got factors of experts in {BANK[:12]}"):
             change()
     model.config.module_shapes["layers.1.mlp.experts"]["down_proj.rank"] += 1
     with pytest.raises(ValueError, match=r"module_shapes: expected down_proj.rank \d+ of layers.1.mlp.experts"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["prune", "quantize"])
+def test_other_matrices_can_still_be_changed(change, tmp_path):
+    model, done = build_mixture("mixtral"), {"prune": prune, "quantize": quantize}[change]
+    factorize(model, 0.5, "plain", include=["experts"])
+    with pytest.raises(ValueError, match="to prune or quantize the other matrices, exclude these"):
+        done(model, *([0.5, "magnitude"] if change == "prune" else [OwlBnbConfig(bits=4)]))
+    before = {name: tensor for name, tensor in model.state_dict().items() if ".experts." in name}
+    how = {"exclude": ["experts"]}
+    done(model, 0.5, "magnitude", **how) if change == "prune" else done(model, OwlBnbConfig(bits=4, **how))
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(again), outputs(model))
 
 
 def test_oats_keeps_banks_and_counts_them():

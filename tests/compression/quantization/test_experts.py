@@ -182,9 +182,12 @@ def test_one_expert_and_all_experts(kind, sizes):
     torch.testing.assert_close(logits(model), logits(copy.deepcopy(model).dequantize()), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @torch.no_grad()
-def test_memory_beyond_the_weights_is_that_of_two_experts():
+def test_memory_beyond_the_weights_is_that_of_two_experts(implementation):
+    """Also of the activations of 64 tokens; a bank that is decoded as a whole has eight."""
     model, _ = quantized(num_local_experts=8, hidden_size=256, intermediate_size=256, vocab_size=99)
+    model.set_experts_implementation(implementation)
     bank = model.model.layers[3].mlp.experts
     one = (2 * 256 * 256 + 256 * 256) * 4
     for count in (1, 64):

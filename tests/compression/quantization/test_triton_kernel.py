@@ -10,10 +10,12 @@ COMPARE = """
 import itertools
 import torch
 from hf_cod.compression.quantization.bnb_decoding import quantize_scales
+from hf_cod.compression.quantization.experts import QuantizedExperts
 from hf_cod.compression.quantization.format import pack_planes
 from hf_cod.compression.quantization.product import decoded_rows, multiply
 from hf_cod.compression.quantization.triton_kernel import product
 
+torch.set_grad_enabled(False)
 # The interpreter's bfloat16 is rounded less well than a GPU's.
 kinds = [(torch.float32, 32, 1e-6), (torch.bfloat16, 64, 1.6e-2), (torch.float16, 256, 2e-3)]
 cases = [
@@ -40,6 +42,18 @@ for dtype, block, share, number, (N, K), T, double in cases:
     error = ((found.double() - expected).abs() / size).max()
     assert error <= share, (dtype, block, N, K, T, double, float(error))
 print(len(cases), "cases")
+
+# The experts of a bank: their codes begin inside of one tensor, after those of four bits.
+bank = QuantizedExperts(torch.Size((4, 19, 96)), 4, False, 0, torch.float32, "3433", block=32)
+bank.weight.copy_(torch.randint(0, 256, bank.weight.shape, dtype=torch.uint8))
+stored = [quantize_scales(torch.randn(19 * 96 // 32).abs(), True) for _ in range(4)]
+for name, tensor in bank.scales.named_parameters():
+    tensor.copy_(torch.stack([each[name] for each in stored]))
+for expert, T in itertools.product((0, 2, 3), (1, 5)):
+    codes, scales = bank.matrix_of(bank(), expert)
+    x = torch.randn(T, 96)
+    torch.testing.assert_close(product(x, codes, *scales, 32, None), x @ bank.decoded(bank(), expert, x.dtype).T)
+print("experts")
 """
 
 
@@ -49,4 +63,4 @@ def test_kernel_equals_the_operator_on_the_cpu():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "18 cases\n"
+    assert done.stdout == "18 cases\nexperts\n"

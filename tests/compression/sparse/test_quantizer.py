@@ -121,6 +121,21 @@ def test_only_what_is_sparse_enough_is_packed():
     assert len(model.config.quantization_config.modules) == 14, "what is packed stays packed"
 
 
+def test_banks_of_experts_stay_dense_and_are_counted(caplog):
+    model = build("mixtral")
+    banks = [p for p in model.parameters() if p.dim() == 3]
+    with torch.no_grad():
+        for p in banks[1:]:
+            p.mul_(torch.rand_like(p) > 0.7)
+    with pytest.raises(ValueError, match=r"got at most 0.0% \(.*\) and banks of experts, which are not packed; prune"):
+        pack_sparse(model)
+    prune(model.model.layers[0].self_attn, 0.9)
+    pack_sparse(model)
+    left = sum(p.numel() for p in banks[1:])
+    told = f"{len(banks) - 1} matrices of banks of experts with {left:,} weights are not packed"
+    assert told in caplog.text and banks[1] is dict(model.named_parameters())["model.layers.0.mlp.experts.down_proj"]
+
+
 def test_what_is_shared_stays_dense():
     model = sparse_model("llama_tied")
     with torch.no_grad():
