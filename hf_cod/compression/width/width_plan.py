@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hf_cod.compression.width.settings import check_channel_multiple
+from hf_cod.compression.width.settings import FEW_CHANNELS, check_channel_multiple
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import limits
+from hf_cod.io.settings import Default
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.expert_units import ALIGNED
 from hf_cod.layers.stack import DecoderLayers
@@ -64,7 +65,7 @@ def plan_of_allocation(
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
     check_sizes("plan", allocation.model, allocation.sizes, stack)
     check_channel_multiple(channel_multiple)
-    layers = [_layer(found) for found in units]
+    layers = [_layer(found, channel_multiple) for found in units]
     shares = [
         _share_of_units(stack, index, layer, share, channel_multiple, units[index].whole)
         for index, (layer, share) in enumerate(zip(layers, allocation.values, strict=True))
@@ -109,7 +110,10 @@ def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]
             _check_number(kind, index, number, own)
             kept[-1][kind] = number // own.heads
     if not any(kept):
-        raise ValueError("plan: expected fewer heads or channels than the model has, got all of them; keep less")
+        raise ValueError(
+            "plan: expected fewer heads or channels than the model has, got all of them; keep less, or lower "
+            "channel_multiple"
+        )
     return kept
 
 
@@ -122,11 +126,12 @@ def _check_number(kind: str, index: int, number: int, own: Units) -> None:
     raise ValueError(f"{kind}: expected {what}..{most} in layer {index}, got {number}")
 
 
-def _layer(units: LayerUnits) -> Layer:
+def _layer(units: LayerUnits, channel_multiple: int) -> Layer:
     found = [units[kind] for kind in (HEADS, CHANNELS, EXPERTS)]
     full = Widths(*(own.count if own else 0 for own in found))
     a, b, d = (own.weights if own else 0 for own in found)
-    return Layer(full, a, b, d, ALIGNED)
+    few = isinstance(channel_multiple, Default) and full.experts < FEW_CHANNELS
+    return Layer(full, a, b, d, ALIGNED if few else math.lcm(channel_multiple, ALIGNED))
 
 
 def _share_of_units(
@@ -139,9 +144,10 @@ def _share_of_units(
     least = total - own + layer.count(layer.least(multiple))
     # Shares that are computed from a sum have rounding errors.
     if share * total < least - 1e-6 * total:
+        channels = layer.step if layer.full.experts and not layer.full.channels else multiple
         raise ValueError(
             f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index} (one group "
-            f"of heads and {multiple} channels, where they can be removed), got {share:.4g}"
+            f"of heads and {channels} channels, where they can be removed), got {share:.4g}"
             + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own
