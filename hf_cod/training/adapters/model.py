@@ -172,7 +172,7 @@ class OwLoreModel(BaseTuner):
         target_name: str,
         parent: Any,
         current_key: str,
-        parameter_name: str | None = None,
+        **_: Any,
     ) -> None:
         if isinstance(target, OwLoreLinear):
             target.update_layer(adapter_name, peft_config, _held(peft_config, current_key, shape_of(target)))
