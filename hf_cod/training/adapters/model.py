@@ -126,9 +126,7 @@ class OwLoreModel(BaseTuner):
         """
         stack = find_decoder_layers(self.model)
         self._excluded = not_adaptable(stack)
-        found = {
-            n: m for index in range(len(stack)) for n, m in stack.linears(index).items() if n not in self._excluded
-        }
+        found = {n: m for i in range(len(stack)) for n, m in stack.linears(i).items() if n not in self._excluded}
         banks = _banks(stack)
         if not found and not banks:
             told = f": {next(iter(self._excluded.values()))}" if self._excluded else ""
@@ -172,7 +170,7 @@ class OwLoreModel(BaseTuner):
         target_name: str,
         parent: Any,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, OwLoreLinear):
             target.update_layer(adapter_name, peft_config, _held(peft_config, current_key, shape_of(target)))
