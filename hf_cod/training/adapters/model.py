@@ -30,11 +30,9 @@ from hf_cod.training.adapters.bank import OwLoreBank
 from hf_cod.training.adapters.export import WRAPPER, save_lora
 from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.active_layers import warn_of_untrained
-from hf_cod.training.owlore.increment import TENSORS, Increment
+from hf_cod.training.owlore.increment import PLACE, TENSORS, Increment
 
 logger = logging.getLogger(__name__)
-
-_PLACE = "owlore_increment"  # what holds the increments in a module
 
 
 class OwLoreModel(BaseTuner):
@@ -93,7 +91,7 @@ class OwLoreModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """As PEFT's method, also where names of parameters of a bank are behind the name of the adapter."""
-        return key.replace(f".{_PLACE}.{adapter_name}.", f".{_PLACE}.")
+        return key.replace(f".{PLACE}.{adapter_name}.", f".{PLACE}.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -292,7 +290,7 @@ def _check_saved(name: str, saved: dict[str, Tensor], held: dict[str, tuple[int,
 def increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Increment]]:
     """Yields (name of the matrix, name of its increment, the increment) for each matrix of the adapter."""
     for name, module in model.named_modules():
-        place = f"{name}.{_PLACE}.{adapter_name}"
+        place = f"{name}.{PLACE}.{adapter_name}"
         if isinstance(module, OwLoreLinear) and adapter_name in module.owlore_increment:
             yield name, place, module.owlore_increment[adapter_name]  # type: ignore[misc]
         elif isinstance(module, OwLoreBank):
