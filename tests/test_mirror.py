@@ -165,9 +165,8 @@ TESTED_BY = {
     "test_recipients.py": "cli/recorded.py reporting/result_card.py",
     "training/adapters/test_adapter_training.py": "training/adapters/config.py training/owlore/lora_ranks.py",
     "training/adapters/test_adapters.py": (
-        "layers/adaptable_banks.py training/adapters/__init__.py training/adapters/bank.py "
-        "training/adapters/export.py training/adapters/model.py training/adapters/registry.py "
-        "training/owlore/bank_increment.py"
+        "layers/adaptable_banks.py training/adapters/__init__.py training/adapters/export.py "
+        "training/adapters/model.py training/adapters/registry.py"
     ),
     "training/healing/test_healer.py": (
         "training/healing/distillation_trainer.py training/healing/healed.py training/healing/objective.py "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -148,6 +149,11 @@ def double(batches):
 def outputs(model, batch=None):
     """The first of what the model returns, in eval mode."""
     return model.eval()(**(batch or batch_for(model))).to_tuple()[0]
+
+
+def unmapped_outputs(model, batch=None):
+    """Of a copy in memory of torch's own: in that of a mapped file, products round by how its tensors are aligned."""
+    return outputs(copy.deepcopy(model), batch)
 
 
 def build_encoder_decoder(kind: str, **sizes: Any) -> PreTrainedModel:

@@ -27,14 +27,14 @@ class Widths:
 @dataclass(frozen=True)
 class Layer:
     """A layer that can be narrowed: `full` widths, and the weights of one head (`a`), of one channel (`b`), and of one
-    channel of all experts (`d`), whose numbers are multiples of `aligned`.
+    channel of all experts (`d`), whose numbers are multiples of `step`.
     """
 
     full: Widths
     a: int
     b: int
     d: int = 0
-    aligned: int = 1
+    step: int = 1
 
     def count(self, widths: Widths) -> int:
         """Number of weights of those heads and channels."""
@@ -42,12 +42,8 @@ class Layer:
 
     def least(self, multiple: int) -> Widths:
         """The minimum widths: one head, and one multiple of channels."""
-        experts = min(self.multiple_of_experts(multiple), self.full.experts)
+        experts = min(self.step, self.full.experts)
         return Widths(min(1, self.full.heads), min(multiple, self.full.channels), experts)
-
-    def multiple_of_experts(self, multiple: int) -> int:
-        """The multiple to which channels of experts are rounded."""
-        return math.lcm(multiple, self.aligned)
 
 
 def choose_widths(layers: Sequence[Layer], shares: Sequence[float], multiple: int) -> list[Widths]:
@@ -62,7 +58,7 @@ def choose_widths(layers: Sequence[Layer], shares: Sequence[float], multiple: in
     Args:
         layers: layers whose share allows at least the widths `least`.
         shares: shares of the layers' weights, in 0..1.
-        multiple: at least 1.
+        multiple: of the numbers of channels, at least 1; those of experts have `Layer.step`.
     """
     chosen = [_nearest(layer, s, multiple) for layer, s in zip(layers, shares, strict=True)]
     if len(set(layers)) == 1 and max(shares) - min(shares) < ROUNDING:
@@ -86,7 +82,7 @@ def _nearest(layer: Layer, s: float, multiple: int) -> Widths:
     options = [_completed(layer, h, s, target - h * layer.a, multiple) for h in sorted(heads)]
     slack = layer.b * multiple / 2 if layer.full.channels else layer.a / 2
     if layer.full.experts:
-        slack = layer.d * layer.multiple_of_experts(multiple) / 2
+        slack = layer.d * layer.step / 2
 
     def off(widths: Widths) -> tuple[bool, float, float]:
         miss = abs(layer.count(widths) - target)
@@ -105,8 +101,7 @@ def _completed(layer: Layer, heads: int, s: float, weights: float, multiple: int
     if not full.experts:
         return Widths(heads, _channels(full.channels, layer.b, weights, multiple))
     channels = _channels(full.channels, layer.b, s * full.channels * layer.b, multiple)
-    own = layer.multiple_of_experts(multiple)
-    return Widths(heads, channels, _channels(full.experts, layer.d, weights - channels * layer.b, own))
+    return Widths(heads, channels, _channels(full.experts, layer.d, weights - channels * layer.b, layer.step))
 
 
 def _channels(c: int, b: int, weights: float, multiple: int) -> int:
@@ -120,8 +115,7 @@ def _channels(c: int, b: int, weights: float, multiple: int) -> int:
 def _moved(layer: Layer, widths: Widths, sign: int, multiple: int) -> Widths:
     """One multiple of channels more or fewer, of experts where there are some; at most all channels of the layer."""
     if layer.full.experts:
-        own = layer.multiple_of_experts(multiple)
-        return replace(widths, experts=_stepped(layer.full.experts, widths.experts, sign, own))
+        return replace(widths, experts=_stepped(layer.full.experts, widths.experts, sign, layer.step))
     return replace(widths, channels=_stepped(layer.full.channels, widths.channels, sign, multiple))
 
 

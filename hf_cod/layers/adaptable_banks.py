@@ -11,8 +11,13 @@ from hf_cod.models.expert_parameters import ExpertParameter
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not_adaptable(matrix: ExpertMatrix) -> str | None:
-    """The reason why adapters of PEFT cannot be added to a matrix of a bank; None if they can."""
+def why_not_adaptable(matrix: ExpertMatrix, lora: bool = False) -> str | None:
+    """The reason why adapters of PEFT cannot be added to a matrix of a bank; None if they can.
+
+    Args:
+        matrix: of the bank.
+        lora: PEFT's own LoRA; False: adapters of this package.
+    """
     parameter = matrix.parameter
     if isinstance(parameter, ExpertParameter):
         return "a bank of packed experts; PEFT adapts parameters of numbers"
@@ -20,4 +25,11 @@ def why_not_adaptable(matrix: ExpertMatrix) -> str | None:
         return "experts stacked in a parameter of two dimensions, which PEFT would adapt as one matrix"
     if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATS:
         return f"a bank of {str(parameter.dtype).removeprefix('torch.')}; PEFT adapts parameters of numbers"
+    if lora and is_misoriented(matrix.module, matrix.experts):
+        return "a bank of one expert stored as (in, out), which PEFT would adapt as (out, in)"
     return None
+
+
+def is_misoriented(bank: nn.Module, experts: int) -> bool:
+    """Whether PEFT would add the transposed product to the matrices: it reads `is_transposed` of larger banks only."""
+    return experts == 1 and bool(getattr(bank, "is_transposed", False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -51,6 +51,22 @@ def check_in_memory(model: nn.Module) -> None:
             )
         if not any(each.place_submodules for each in hooks):
             left += [(f"{name}{child_name}.", child) for child_name, child in module.named_children()]
+
+
+def check_not_offloaded(model: nn.Module, weights: Iterable[Tensor]) -> None:
+    """Checks that accelerate's hooks do not load these weights for each forward pass, which would undo updates.
+
+    Raises:
+        ValueError: they do; names the first one.
+    """
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    asked = {id(weight) for weight in weights}
+    for name, weight in model.named_parameters():
+        if weight.is_meta and id(weight) in asked:
+            raise ValueError(
+                f"model: expected weights in memory, got offloaded ones in {name}; load the model without offloading"
+            )
 
 
 @contextmanager

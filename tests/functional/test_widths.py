@@ -57,7 +57,7 @@ def test_the_other_head_count_where_only_it_meets_the_share(heads):
 
 
 def test_a_head_is_removed_where_a_multiple_of_the_channels_of_experts_would_be_too_much():
-    layer = Layer(Widths(2, 0, 16), 1536, 0, 384, aligned=8)
+    layer = Layer(Widths(2, 0, 16), 1536, 0, 384, step=8)
     assert choose_widths([layer], [0.85], 8) == [Widths(1, 0, 16)]  # 7680 weights of 7834
     assert choose_widths([layer], [0.5], 8) == [Widths(1, 0, 8)]
     assert choose_widths([layer], [1.0], 8) == [layer.full]

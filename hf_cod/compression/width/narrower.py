@@ -119,7 +119,8 @@ def narrow(
         show_progress: show a progress bar.
         settings: how heads and channels are selected, and the error compensation.
         **fields: or fields of `NarrowSettings` by name: `channel_multiple`; numbers of channels are rounded to
-            multiples of it, as close to the budget as possible; `include` and `exclude`, the matrices that may be cut,
+            multiples of it, as close to the budget as possible (default: 32, for experts of fewer than 512 channels
+            8); `include` and `exclude`, the matrices that may be cut,
             as PEFT's target_modules and exclude_modules (heads or channels are removed only if all their matrices may
             be cut; the budget is that of all matrices); for texts, also fields of `SampleSettings`: sequence_length,
             max_samples, batch_size, pack, seed.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
-from hf_cod.io.settings import SampleFields, as_in, check_choice
+from hf_cod.io.settings import Default, SampleFields, as_in, check_choice
 
 # Method -> which heads and channels are kept; `narrow` has the details.
 METHODS = {
@@ -21,6 +21,7 @@ COMPENSATIONS = {
     "none": "no compensation (requires no dataset)",
 }
 CHANNEL_MULTIPLE = 32  # fits the matrix units of GPUs and the vector registers of CPUs
+FEW_CHANNELS = 512  # of an expert: multiples of 32 would be over 6 % of them
 
 
 @checked
@@ -29,10 +30,10 @@ class WidthSettings:
     """The rounding of numbers of channels."""
 
     channel_multiple: int = field(
-        default=CHANNEL_MULTIPLE,
+        default=Default(CHANNEL_MULTIPLE),
         metadata={
             "help": "round the number of channels of each layer to a multiple of this number; kernels are faster for "
-            "multiples"
+            f"multiples; the default is 8 for experts of fewer than {FEW_CHANNELS} channels"
         },
     )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
@@ -87,5 +88,5 @@ def check_channel_multiple(value: int) -> None:
     Raises:
         ValueError: it is not.
     """
-    if type(value) is not int or value < 1:
+    if type(value) not in (int, Default) or value < 1:
         raise ValueError(f"channel_multiple: expected a whole number above 0, got {value!r}")

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from hf_cod.compression.width.settings import check_channel_multiple
+from hf_cod.compression.width.settings import FEW_CHANNELS, check_channel_multiple
 from hf_cod.functional.budget import raised_to
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import limits
+from hf_cod.io.settings import Default
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.expert_units import ALIGNED
 from hf_cod.layers.stack import DecoderLayers
@@ -21,7 +22,6 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 # Shares that are computed from a sum have rounding errors.
 ROUNDING = 1e-6
-_LEAST = "one group of heads and {} channels, where they can be removed"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def plan_of_allocation(
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
     check_sizes("plan", allocation.model, allocation.sizes, stack)
     check_channel_multiple(channel_multiple)
-    layers = [_layer(found) for found in units]
+    layers = [_layer(found, channel_multiple) for found in units]
     shares = [
         _share_of_units(stack, index, layer, share, channel_multiple, units[index].whole)
         for index, (layer, share) in enumerate(zip(layers, allocation.values, strict=True))
@@ -107,7 +107,8 @@ def reachable(
     Raises:
         ValueError: the share of all layers is below the least possible one.
     """
-    least = [_least(stack, index, _layer(found), channel_multiple) for index, found in enumerate(units)]
+    layers = [_layer(found, channel_multiple) for found in units]
+    least = [_least(stack, index, layer, channel_multiple) for index, layer in enumerate(layers)]
     below = [
         i for i, (share, limit) in enumerate(zip(allocation.values, least, strict=True)) if share < limit - ROUNDING
     ]
@@ -119,11 +120,11 @@ def reachable(
     if allocation.mean < possible - ROUNDING:
         raise ValueError(
             f"parameter_share: expected at least {_rounded_up(possible)} of all layers "
-            f"({_LEAST.format(channel_multiple)}), got {allocation.mean:.4g}"
+            f"({_told_least(layers[below[0]], channel_multiple)}), got {allocation.mean:.4g}"
         )
     values = raised_to(floors, torch.tensor(allocation.values), weights).tolist()
     told = f"layer{'s' * (len(below) > 1)} {', '.join(map(str, below))}: more is kept than by the score, at least "
-    return replace(allocation, values=values), [told + _LEAST.format(channel_multiple)]
+    return replace(allocation, values=values), [told + _told_least(layers[below[0]], channel_multiple)]
 
 
 def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:
@@ -147,7 +148,10 @@ def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]
             _check_number(kind, index, number, own)
             kept[-1][kind] = number // own.heads
     if not any(kept):
-        raise ValueError("plan: expected fewer heads or channels than the model has, got all of them; keep less")
+        raise ValueError(
+            "plan: expected fewer heads or channels than the model has, got all of them; keep less, or lower "
+            "channel_multiple"
+        )
     return kept
 
 
@@ -160,17 +164,23 @@ def _check_number(kind: str, index: int, number: int, own: Units) -> None:
     raise ValueError(f"{kind}: expected {what}..{most} in layer {index}, got {number}")
 
 
-def _layer(units: LayerUnits) -> Layer:
+def _layer(units: LayerUnits, channel_multiple: int) -> Layer:
     found = [units[kind] for kind in (HEADS, CHANNELS, EXPERTS)]
     full = Widths(*(own.count if own else 0 for own in found))
     a, b, d = (own.weights if own else 0 for own in found)
-    return Layer(full, a, b, d, ALIGNED)
+    few = isinstance(channel_multiple, Default) and full.experts < FEW_CHANNELS
+    return Layer(full, a, b, d, ALIGNED if few else math.lcm(channel_multiple, ALIGNED))
 
 
 def _least(stack: DecoderLayers, index: int, layer: Layer, multiple: int) -> float:
     """The least share of its weights that a layer can keep."""
     total = stack.count_weights(index)
     return (total - layer.count(layer.full) + layer.count(layer.least(multiple))) / total if total else 0.0
+
+
+def _told_least(layer: Layer, multiple: int) -> str:
+    channels = layer.step if layer.full.experts and not layer.full.channels else multiple
+    return f"one group of heads and {channels} channels, where they can be removed"
 
 
 def _rounded_up(share: float) -> str:
@@ -187,7 +197,7 @@ def _share_of_units(
     least = _least(stack, index, layer, multiple)
     if share < least - ROUNDING:
         raise ValueError(
-            f"parameter_share: expected at least {_rounded_up(least)} in layer {index} ({_LEAST.format(multiple)}), "
+            f"parameter_share: expected at least {_rounded_up(least)} in layer {index} ({_told_least(layer, multiple)}), "
             f"got {share:.4g}" + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_cod.functional.low_rank import truncate
 from hf_cod.io.files import write_aside
+from hf_cod.layers.adaptable_banks import is_misoriented
 from hf_cod.training.adapters.bank import OwLoreBank
 from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.increment import Increment
@@ -34,8 +35,8 @@ def save_lora(model: nn.Module, config: Any, adapter_name: str, directory: str |
         The rank.
 
     Raises:
-        ValueError: a rank below 1, or matrices whose names PEFT reads as those of experts and whose weights are no
-            numbers.
+        ValueError: a rank below 1; matrices whose names PEFT reads as those of experts and whose weights are no
+            numbers; a bank of one expert that PEFT would adapt in another orientation.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
@@ -73,10 +74,16 @@ def _of(module: OwLoreLinear | OwLoreBank, adapter_name: str) -> dict[str, Incre
     """Key -> increment, in the order in which PEFT wraps the parameters of a bank; the key "" for a Linear-like module.
 
     Raises:
-        ValueError: PEFT would load the LoRA of this module into experts, and cannot adapt its weight as a parameter.
+        ValueError: PEFT would load the LoRA of this module into experts, and cannot adapt its weight as a parameter; or
+            it would transpose the product of a bank.
     """
     if isinstance(module, OwLoreBank):
         held = module.of(adapter_name)
+        if any(is_misoriented(module.base_layer, D.experts[0]) for D in held.values()):
+            raise ValueError(
+                "adapter: expected a bank of two experts or more, got one expert stored as (in, out), which PEFT would "
+                "adapt as (out, in); merge the adapter"
+            )
         return {key: held[key] for key in module.base_layer._parameters if key in held}
     if adapter_name not in module.owlore_increment:
         return {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from hf_cod.io.peft_names import is_misread
 from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
 from hf_cod.layers.adaptable_banks import why_not_adaptable
+from hf_cod.layers.devices import check_not_offloaded
 from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.modules import is_linear_like
@@ -29,18 +30,16 @@ from hf_cod.training.adapters.bank import OwLoreBank
 from hf_cod.training.adapters.export import WRAPPER, save_lora
 from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.active_layers import warn_of_untrained
-from hf_cod.training.owlore.increment import TENSORS, Increment
+from hf_cod.training.owlore.increment import PLACE, TENSORS, Increment
 
 logger = logging.getLogger(__name__)
-
-_PLACE = "owlore_increment"  # what holds the increments in a module
 
 
 class OwLoreModel(BaseTuner):
     """The wrapper that `get_peft_model` puts around a model; see `OwLoreConfig`."""
 
     prefix = "owlore_"
-    tuner_layer_cls = OwLoreLinear
+    tuner_layer_cls = BaseTunerLayer  # of modules and of banks: `set_adapter` and `delete_adapter` must reach both
     _excluded: dict[str, str]
 
     def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
@@ -68,7 +67,8 @@ class OwLoreModel(BaseTuner):
             The rank.
 
         Raises:
-            ValueError: no adapter of that name, a rank below 1, or packed matrices whose names PEFT misreads.
+            ValueError: no adapter of that name, a rank below 1, packed matrices whose names PEFT misreads, or a bank
+                of one expert that PEFT would transpose.
         """
         asked = self._asked(adapter_name)
         return save_lora(self.model, self.peft_config[asked], asked, directory, rank)
@@ -89,6 +89,11 @@ class OwLoreModel(BaseTuner):
         return super()._get_adapter_state_dict(model, config, adapter_name, **rest)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's method, also where names of parameters of a bank are behind the name of the adapter."""
+        return key.replace(f".{PLACE}.{adapter_name}.", f".{PLACE}.")
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -102,7 +107,7 @@ class OwLoreModel(BaseTuner):
         keys = {}
         for _, place, _ in increments(model, adapter_name):
             for tensor in TENSORS:
-                key = f"{place.removeprefix(WRAPPER)}.{tensor}".replace(f".{_PLACE}.{adapter_name}.", f".{_PLACE}.")
+                key = cls._remove_adapter_name_from_key(f"{place.removeprefix(WRAPPER)}.{tensor}", adapter_name)
                 keys[key] = keys[WRAPPER + key] = f"{place}.{tensor}"
         found = {keys.get(key, key): value for key, value in state_dict.items()}
         _check_known(model, {*keys.values()}, found)
@@ -118,9 +123,8 @@ class OwLoreModel(BaseTuner):
             ValueError: no matrix can get an adapter, or a rank above the width of the widest matrix.
         """
         stack = find_decoder_layers(self.model)
-        found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
         self._excluded = not_adaptable(stack)
-        found = {name: module for name, module in found.items() if name not in self._excluded}
+        found = {n: m for i in range(len(stack)) for n, m in stack.linears(i).items() if n not in self._excluded}
         banks = _banks(stack)
         if not found and not banks:
             told = f": {next(iter(self._excluded.values()))}" if self._excluded else ""
@@ -136,8 +140,7 @@ class OwLoreModel(BaseTuner):
             inside = {id(p) for module in found.values() for p in module.parameters()}
             inside.update(id(matrix.parameter) for matrix in chosen)
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
-        shapes = [*map(shape_of, found.values()), *(matrix.shape for matrix in banks.values())]
-        width = max(min(shape) for shape in shapes)
+        width = max(min(shape) for shape in [*map(shape_of, found.values()), *(m.shape for m in banks.values())])
         if isinstance(peft_config.r, Default):
             if peft_config.r > width:
                 logger.warning(
@@ -152,8 +155,9 @@ class OwLoreModel(BaseTuner):
         """Called before any adapter is added; keeps 4-bit weights in their unpacked form.
 
         Raises:
-            ValueError: bitsandbytes has repacked 4-bit weights into a form that cannot be undone.
+            ValueError: bitsandbytes has repacked 4-bit weights into a form that cannot be undone; offloaded layers.
         """
+        check_not_offloaded(model, find_decoder_layers(self.model).module_list.parameters())
         keep_unpacked(model)
 
     def _create_and_replace(
@@ -286,7 +290,7 @@ def _check_saved(name: str, saved: dict[str, Tensor], held: dict[str, tuple[int,
 def increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Increment]]:
     """Yields (name of the matrix, name of its increment, the increment) for each matrix of the adapter."""
     for name, module in model.named_modules():
-        place = f"{name}.{_PLACE}.{adapter_name}"
+        place = f"{name}.{PLACE}.{adapter_name}"
         if isinstance(module, OwLoreLinear) and adapter_name in module.owlore_increment:
             yield name, place, module.owlore_increment[adapter_name]  # type: ignore[misc]
         elif isinstance(module, OwLoreBank):

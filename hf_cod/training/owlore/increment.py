@@ -14,6 +14,7 @@ from hf_cod.functional.randomness import generator_of
 from hf_cod.layers.replicas import average
 
 TENSORS = ("N", "P", "A", "B", "lost")
+PLACE = "owlore_increment"  # what holds the increments in a module
 
 
 class Increment(nn.Module):

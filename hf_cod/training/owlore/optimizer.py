@@ -14,7 +14,7 @@ from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
 from hf_cod.io.module_names import without_unset
 from hf_cod.io.settings import resolve
-from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.devices import check_in_memory, check_not_offloaded
 from hf_cod.layers.replicas import broadcast_weights, digest_bits, digest_structure, digest_weights, processes, together
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import keep_unpacked
@@ -78,8 +78,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
-            weights on the meta device, sharded parameters, a model that DDP has wrapped already, processes that
-            differ; in `step`: ten steps in a row with gradients that are not finite.
+            weights on the meta device or offloaded, sharded parameters, a model that DDP has wrapped already, processes
+            that differ; in `step`: ten steps in a row with gradients that are not finite.
         ImportError: 8-bit moments without bitsandbytes.
     """
 
@@ -122,6 +122,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         check_in_memory(unwrap(model))
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others, self.settings)
+        check_not_offloaded(unwrap(model), [p for layer in self.layers.layers for p in layer])
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
         self.settings = fitted(self.increments.settings(self.settings), self.layers)
         self.sampler = make_sampler(scores, self.layers, self.settings)
@@ -199,8 +200,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self._compared = False
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        shapes = [*self._shapes.values()]
-        saved = check_state(state_dict, self._described(), self.param_groups, shapes)
+        saved = check_state(state_dict, self._described(), self.param_groups, [*self._shapes.values()])
         for group, other in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in other.items() if key != "params"})
         self.state = states_of(state_dict, self.param_groups)

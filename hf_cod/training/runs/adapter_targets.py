@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_cod.io.peft_names import is_misread, is_refused
 from hf_cod.layers.adaptable_banks import FLOATS, why_not_adaptable
+from hf_cod.layers.devices import check_not_offloaded
 from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.orientation import shape_of
@@ -78,8 +79,9 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         lora: PEFT's LoRA, which requires the peft package; False: OwLore adapters, which do not misread names.
 
     Raises:
-        ValueError: none is left.
+        ValueError: none is left; offloaded layers.
     """
+    check_not_offloaded(stack.model, stack.module_list.parameters())
     reasons, sizes, misread = not_adaptable(stack), dict[str, int](), list[str]()
     is_replaced, is_left_out = (cache(partial(ask, stack.model)) for ask in (is_misread, is_refused))
     banks: set[str] = set()
@@ -96,7 +98,7 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         for matrix in stack.expert_matrices(index):
             sizes[matrix.name] = matrix.parameter.numel()
             banks.add(matrix.name)
-            reason = why_not_adaptable(matrix)
+            reason = why_not_adaptable(matrix, lora)
             if reason is not None:
                 reasons[matrix.name] = reason
     if not sizes.keys() - reasons.keys():

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.reading import open_tensors, read_state
 from hf_cod.io.schema import brief
-from hf_cod.training.owlore.increment import TENSORS, Increment
+from hf_cod.training.owlore.increment import PLACE, TENSORS, Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.saved_moments import Layout, check_own_entries, layers_with_state, layouts
 from hf_cod.training.runs.checkpoint_checksums import check_checksums
@@ -108,6 +108,13 @@ def _check_scheduler(trainer: Any, state: dict[str, Any], saved: dict[str, Any] 
         raise ValueError(f"{OPTIMIZER}: expected the learning rates {brief(state['_last_lr'])}, got {brief(current)}")
 
 
+def _saved_prefix(name: str) -> str:
+    """What begins the names of an increment's saved tensors: its own without that of the adapter."""
+    module, _, own = name.rpartition(f".{PLACE}.")
+    _, _, parameter = own.partition(".")  # of a bank
+    return f"{module}.{PLACE}.{parameter}." if parameter else f"{module}.{PLACE}."
+
+
 def check_weights(model: Any, checkpoint: Path) -> None:
     """Compares names, shapes and dtypes of saved weights with those that the model would save.
 
@@ -115,7 +122,7 @@ def check_weights(model: Any, checkpoint: Path) -> None:
         ValueError: they differ, or values are not finite.
     """
     own = _own_weights(model)
-    increments = {f"{name.rpartition('.')[0]}.": m for name, m in model.named_modules() if isinstance(m, Increment)}
+    increments = {_saved_prefix(name): m for name, m in model.named_modules() if isinstance(m, Increment)}
     found: set[str] = set()
     grown: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in increments}
     for path in sorted(checkpoint.glob(WEIGHTS)):

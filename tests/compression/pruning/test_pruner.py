@@ -13,7 +13,18 @@ from hf_cod import LayerAllocation, LayerScores, allocate, collect_statistics, f
 from hf_cod.compression.pruning.methods import METHODS
 from hf_cod.layers.finished_layers import FinishedLayers
 from tests import references
-from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, two_batches
+from tests.tiny_models import (
+    CAUSAL,
+    MIXTURE_TYPES,
+    MIXTURES,
+    OTHERS,
+    PLAIN,
+    batch_for,
+    build,
+    build_mixture,
+    two_batches,
+    unmapped_outputs,
+)
 
 
 def matrices(model):
@@ -85,6 +96,29 @@ def test_experts_are_pruned_on_their_own_tokens(family, method):
             found = matrices(model)[name].reshape(len(parts), *parts[0][0].shape)
             for part, (w, s) in zip(found, parts, strict=True):
                 assert torch.equal(part == 0, references.wanda_mask(w, s.sqrt().float(), 0.5)), name
+
+
+FAST = ("mixtral", "gpt_oss", "llama4_text")
+KINDS = [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.families) for kind in MIXTURE_TYPES]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_of_a_mixture_counts(kind, method, tmp_path):
+    """Each expert has its share of zeros; a reload computes the same bit by bit."""
+    model = build_mixture(kind)
+    stack = find_decoder_layers(model)
+    report = prune(model, 0.5, method, batches=two_batches(model))
+    found = {name: W for index in range(4) for name, W in stack.matrices(index)}
+    total = sum(W.numel() for W in found.values())
+    assert sum(report.layers["parameters"]) == total == sum(stack.count_weights(index) for index in range(4))
+    zeros = sum(int((W == 0).sum()) for W in found.values())
+    assert report.results["sparsity"] == pytest.approx(zeros / total) == pytest.approx(0.5, abs=2e-3)
+    for matrix in (m for index in range(4) for m in stack.expert_matrices(index)):
+        assert [float((W == 0).double().mean()) for W in matrix.weights()] == pytest.approx([0.5] * 4, abs=0.02)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(unmapped_outputs(again), unmapped_outputs(model))
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -95,6 +95,20 @@ def test_numbers_that_kernels_do_not_take_are_refused():
         narrow(model, WidthPlan(0.7, [None] * 4, [None] * 4, "mine", expert_channels=[12] * 4), "magnitude", "none")
 
 
+def test_small_experts_have_small_steps(mixture):
+    """By default; with steps of 32, three quarters of the 128 channels would be as far from 0.9 as all of them."""
+    load = lambda: AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)  # noqa: E731
+    report = narrow(load(), 0.9, "magnitude", "none")
+    assert report.results["expert_channels"] == [112] * 7 and abs(report.results["parameter_share"] - 0.9) < 8 / 128 / 2
+    assert plan_width(load(), 0.8, 32).expert_channels == [96] * 7
+    with pytest.raises(ValueError, match=r"all of them; keep less, or lower channel_multiple$"):
+        narrow(load(), 0.9, "magnitude", "none", channel_multiple=32)
+    with pytest.raises(ValueError, match=r"at least 0.\d+ in layer 0 \(one group of heads and 8 channels"):
+        plan_width(load(), 0.01)
+    wide = build_mixture("mixtral", intermediate_size=512)
+    assert plan_width(wide, 0.7).expert_channels == [352] * 4  # in steps of 32
+
+
 @pytest.mark.parametrize("compensation", ["least_squares", "bias"])
 def test_experts_in_a_list_of_modules(compensation, tmp_path):
     """Switch Transformers has a dict of MLPs without biases; each gets one of its own."""

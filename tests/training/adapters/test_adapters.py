@@ -10,9 +10,8 @@ from peft.tuners.lora import save_as_lora
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, find_decoder_layers, owlore, pack_sparse
+from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
 from hf_cod.training.adapters import registry
-from hf_cod.training.owlore.bank_increment import BankIncrement
 from hf_cod.training.owlore.increment import Increment
 from tests.compression.quantization.matrices import mixed
 from tests.fresh_processes import run_fresh
@@ -495,29 +494,6 @@ def test_an_export_that_would_load_into_experts_is_refused(tmp_path):
 def test_experts_without_adapters_are_told(caplog):
     adapted("mixtral", exclude_modules=["down_proj"])
     assert "% of its weights never train: model.layers.*.mlp.experts.down_proj" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "jetmoe", "llama4_text"])
-def test_banks_are_adapted_and_exported(kind, tmp_path):
-    """For each orientation of a bank; PEFT's LoRA gives the same logits."""
-    base = build_mixture(kind)
-    before = logits(base)
-    model = get_peft_model(copy.deepcopy(base).train(), OwLoreConfig(r=4))
-    banks = {name: m for name, m in model.named_modules() if isinstance(m, BankIncrement)}
-    stack = find_decoder_layers(base)
-    assert len(banks) == sum(len(stack.expert_matrices(index)) for index in range(4)) > 0
-    train(model, OwLoreAdamW(model, lr=1e-2, n_active=2, interval=2), 5)
-    assert any(m.learnt for m in banks.values())
-    whole = logits(model.eval())
-    with model.disable_adapter():
-        assert torch.equal(logits(model), before)
-    model.save_pretrained(tmp_path / "own")
-    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "own").eval()
-    assert torch.equal(logits(again), whole) and not torch.allclose(whole, before, atol=0.1)
-    model.save_as_lora(tmp_path / "lora")
-    lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
-    torch.testing.assert_close(logits(lora), whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(model.merge_and_unload()), whole, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

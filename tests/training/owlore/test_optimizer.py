@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -18,10 +19,10 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_cod import LayerScores, OwLoreAdamW, allocate, owlore, score_layers
+from hf_cod import LayerScores, OwLoreAdamW, allocate, find_decoder_layers, owlore, score_layers
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import set_up
-from tests.tiny_models import batch_for, build, build_mixture
+from tests.tiny_models import MIXTURE_TYPES, batch_for, build, build_mixture, unmapped_outputs
 from tests.tiny_training import rows, run_in_two_processes
 from tests.training.owlore.references import adamw, galore
 
@@ -217,6 +218,42 @@ def test_each_expert_is_trained_in_its_own_basis(kind):
                 torch.testing.assert_close(m.bias.detach(), expected, atol=1e-9, rtol=1e-7, msg=m.name)
                 assert torch.equal(m.bias[-1], biases[m.name][-1])
         optimizer.zero_grad()
+
+
+FAST = ("mixtral", "gpt_oss", "llama4_text")
+KINDS = [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.families) for kind in MIXTURE_TYPES]
+
+
+@pytest.mark.parametrize("method", ["owlore", "lisa", "galore"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_banks_of_all_families_train(kind, method, tmp_path):
+    """Those of the active layers and no others; a reload computes the same bit by bit."""
+    model = build_mixture(kind).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    how = OwLoreSettings(n_active=4 if method == "galore" else 2, rank=None if method == "lisa" else 2)
+    _, optimizer = set_up(method, model, None, how, 1e-2, 2)
+    losses = train_on(model, optimizer, 4)
+    assert losses[-1] < losses[0]
+    stack = find_decoder_layers(model)
+    for index in range(4):
+        for matrix in stack.expert_matrices(index):
+            moved = not torch.equal(matrix.parameter, before[matrix.name])
+            assert moved == (index in optimizer.active), matrix.name
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(unmapped_outputs(again), unmapped_outputs(model))
+
+
+def train_on(model, optimizer, steps):
+    """Losses of steps on the same tokens."""
+    ids, losses = batch_for(model)["input_ids"], []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 @pytest.mark.parametrize("deselected", ["drop", "keep", "offload"])

@@ -15,7 +15,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.adapter_targets import adapter_targets
 from hf_cod.training.runs.methods import adapter_notes, set_up
 from tests.fresh_processes import run_fresh
-from tests.tiny_models import build_mixture
+from tests.tiny_models import MIXTURE_TYPES, build_mixture, unmapped_outputs
 
 IDS = torch.randint(3, 99, (2, 24), generator=torch.Generator().manual_seed(7))
 
@@ -49,10 +49,13 @@ def adapted_names(wrapped):
     return found
 
 
+RARE = ("qwen2_moe", "qwen3_next", "olmoe", "glm4_moe")
+
+
 @pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "jetmoe", "llama4_text", "deepseek_v3", "dbrx"]
+    "kind", [pytest.param(kind, marks=pytest.mark.families if kind in RARE else []) for kind in MIXTURE_TYPES]
 )
-def test_each_target_is_adapted_with_the_rank_and_merged(kind):
+def test_each_target_is_adapted_with_the_rank_and_merged(kind, tmp_path):
     """Also matrices beside the experts that PEFT takes for experts by their names (DeepSeek-V3)."""
     model = build_mixture(kind)
     before, targets = copy.deepcopy(model.state_dict()), adapter_targets(find_decoder_layers(model))
@@ -60,12 +63,17 @@ def test_each_target_is_adapted_with_the_rank_and_merged(kind):
     layers = adapted_names(wrapped)
     assert layers.keys() == {*targets.modules, *targets.banks} and losses[-1] < losses[0]
     assert all(layer.r == {"default": 2} and layer.scaling["default"] == 2 for layer in layers.values())
-    assert bool(targets.misread) == (kind == "deepseek_v3") and bool(targets.banks) == (kind != "dbrx")
+    assert bool(targets.misread) == (kind in ("deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_next")) and bool(
+        targets.banks
+    ) == (kind != "dbrx")
     expected = logits(wrapped)
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     after = merged.state_dict()
     assert after.keys() == before.keys()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(unmapped_outputs(again), unmapped_outputs(merged))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {*targets.banks, *(f"{name}.weight" for name in targets.modules)}
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ SAMPLING = OwLoreSettings(n_active=2, interval=3, rank=2)
 WEIGHTS = {"full": "model", "owlore": "model", "lora": "adapter_model", "owlore-peft": "adapter_model"}
 
 
-def trained(method, folder, lora_rank=2, family="llama", every=1):
+def trained(method, folder, lora_rank=2, family="llama", every=1, interval=3, **sizes):
     """The weights after a training, which resumes if the folder has checkpoints."""
-    sampling = SAMPLING if method in ("owlore", "owlore-peft") else OwLoreSettings()
+    sampling = replace(SAMPLING, interval=interval) if method in ("owlore", "owlore-peft") else OwLoreSettings()
     settings = TrainingSettings(
         method=method,
         steps=4,
@@ -36,7 +37,7 @@ def trained(method, folder, lora_rank=2, family="llama", every=1):
         learning_rate=1e-2,
         **({"lora_rank": lora_rank} if method == "lora" else {}),
     )
-    model, optimizer = METHODS[method].setup(build(family), None, sampling, 1e-2, lora_rank)
+    model, optimizer = METHODS[method].setup(build(family, **sizes), None, sampling, 1e-2, lora_rank)
     windows = torch.randint(3, 20, (8, 16), generator=torch.Generator().manual_seed(0))
     train(model, optimizer, windows, settings, 0, folder)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -240,11 +241,17 @@ def test_the_optimizer_of_another_rank(runs, tmp_path, caplog):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "owlore", "owlore-peft"])
 def test_the_experts_of_a_mixture_resume(method, tmp_path, caplog):
-    expected = trained(method, tmp_path, family="mixtral")
+    """In the middle of an interval, in which most experts have had no token, and so have no basis yet."""
+    few = {"family": "mixtral", "interval": 2, "num_local_experts": 64, "num_experts_per_tok": 1}
+    expected = trained(method, tmp_path, **few)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    found = trained(method, tmp_path, family="mixtral")
+    if method == "owlore-peft":
+        saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+        bases = [P.flatten(1).any(1) for name, P in saved.items() if ".experts." in name and name.endswith(".P")]
+        assert len(bases) == 4 and all(P.any() and not P.all() for P in bases)
+    found = trained(method, tmp_path, **few)
     assert "damaged" not in caplog.text
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
