@@ -197,7 +197,7 @@ def _share_of_units(
     least = _least(stack, index, layer, multiple)
     if share < least - ROUNDING:
         raise ValueError(
-            f"parameter_share: expected at least {_rounded_up(least)} in layer {index} ({_told_least(layer, multiple)}), "
-            f"got {share:.4g}" + "".join(f"; {why}" for why in whole)
+            f"parameter_share: expected at least {_rounded_up(least)} in layer {index} "
+            f"({_told_least(layer, multiple)}), got {share:.4g}" + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own
