@@ -72,7 +72,7 @@ GROUPS = {
             "compensation",
             "expert_basis",
         ),
-        *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size"),
+        *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size", "gguf"),
         *("double_quant", "skip"),
         *("knobs", "n_verified"),
         *("recover_steps", "recover_rank", "recover_learning_rate"),

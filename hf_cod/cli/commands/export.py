@@ -95,11 +95,14 @@ def main(arguments: Sequence[str]) -> int:
         check_effect(settings, ["bits", "score"], GIVEN)
     if files.scores is not None:
         check_effect(settings, ["score"], COMPUTED)
+    from hf_cod.io.inputs import check_file
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
 
     read = _read(files)
+    if settings.gguf is not None:
+        check_file(settings.gguf, "gguf", "a GGUF file")
     load_texts(text)
     directory = Path(files.output or default_directory("export", rest.model))
     told = ["export", rest.model, asdict(loading), asdict(text), asdict(settings), files.scores, files.plan]

@@ -87,13 +87,14 @@ def export(
         layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        **fields: or fields of `ExportSettings` by name: to, bits, group_size, include, exclude; for texts, also fields
-            of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `ExportSettings` by name: to, bits, group_size, gguf, include, exclude; for texts, also
+            fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ImportError: a package of the target is not installed.
         ValueError: bits out of range for the engine (says the least and the most), a plan or scores of another model, a
-            width that the engine lacks, fused matrices of different widths, weights that cannot be replaced.
+            width that the engine lacks, fused matrices of different widths, weights that cannot be replaced, a GGUF of
+            another model.
     """
     chosen = resolve(export, ExportSettings, settings, fields)
     target, directory = TARGETS[chosen.to], Path(output)
@@ -114,7 +115,8 @@ def export(
     directory.mkdir(parents=True, exist_ok=True)
     if target.weighted and statistics is None and batches is not None:
         statistics = collect_statistics(model, batches, layers_path=layers_path, name=name, show_progress=show_progress)
-    request = Request(choice.stack, planned, directory, scores, statistics, batches, journal, show_progress)
+    kept = (scores, statistics, batches, journal, show_progress)
+    request = Request(choice.stack, planned, directory, *kept, gguf=chosen.gguf)
     written = target.write(request)
     if target.rounds and tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -27,6 +27,7 @@ class Request:
         batches: calibration batches; None without.
         journal: directory of finished layers; None to keep nothing.
         show_progress: show a progress bar.
+        gguf: a GGUF of the model before it was narrowed; None if the engine is to read the model itself.
     """
 
     stack: DecoderLayers
@@ -37,6 +38,7 @@ class Request:
     batches: Sequence[Batch] | None = None
     journal: str | Path | None = None
     show_progress: bool = False
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)

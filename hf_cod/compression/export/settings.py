@@ -48,6 +48,14 @@ class ExportSettings(ModuleSettings):
             "choices": list(GROUPS),
         },
     )
+    gguf: str | None = field(
+        default=None,
+        metadata={
+            "help": "for llama.cpp: a GGUF of the model before it was narrowed, whose tokenizer is copied into a GGUF "
+            "that is written for llama-quantize, of architecture deci: layers of Llama's kind with sizes of their own; "
+            "default: none is written"
+        },
+    )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
@@ -58,6 +66,8 @@ class ExportSettings(ModuleSettings):
             raise ValueError(f"bits: expected stored bits per weight, such as 3.6, got {self.bits}")
         if self.group_size is not None and self.group_size not in GROUPS:
             raise ValueError(f"group_size: expected {', '.join(map(str, GROUPS))}, got {self.group_size}")
+        if self.gguf is not None and self.to != "llama.cpp":
+            raise ValueError(f"gguf: expected none for {self.to}, which reads no GGUF, got {self.gguf!r}")
 
 
 class ExportFields(ModuleFields, SampleFields, total=False):
@@ -66,3 +76,4 @@ class ExportFields(ModuleFields, SampleFields, total=False):
     to: str
     bits: float
     group_size: int | None
+    gguf: str | None
