@@ -78,13 +78,16 @@ class Bench:
 
     def by_plan(self, bits: float, score: str, granularity: str) -> tuple[Path, int]:
         """(the model quantized by a plan with this number of bits, its planned size)."""
-        options = {} if granularity == "layer" else {"granularity": granularity}
-        scores = score_layers(self.model, self.statistics, score, batches=self.batches, **options)
+        how: dict[str, Any] = {"search": True, "passes": self.args.passes, "batches": self.batches}
+        if score != "search":
+            options = {} if granularity == "layer" else {"granularity": granularity}
+            how = {"scores": score_layers(self.model, self.statistics, score, batches=self.batches, **options)}
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             output = Path(name)
-            report = export(self.model, output, to="llama.cpp", bits=bits, scores=scores, statistics=self.statistics)
+            report = export(self.model, output, to="llama.cpp", bits=bits, statistics=self.statistics, **how)
             types = libllama.types_of(output / TYPES)
-        planned = int(report.summary[-1].split("will have ")[1].split(" ")[0].replace(",", ""))
+        said = next(line for line in report.summary if "will have " in line)
+        planned = int(said.split("will have ")[1].split(" ")[0].replace(",", ""))
         return self.made(BASE, types=types, others=OTHERS), planned
 
     def row(self, name: str, file: Path, planned: int | None = None) -> dict[str, Any]:
@@ -119,7 +122,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a file of text: the first half calibrates")
     parser.add_argument("--mixtures", nargs="+", default=["Q3_K_M", "Q4_K_M"], help="file types of llama.cpp")
     parser.add_argument("--uniform", nargs="*", default=["IQ4_NL", "Q5_0"], help="file types, without a mixture")
-    parser.add_argument("--scores", nargs="+", default=["owl", "fisher:module"], help="METHOD or METHOD:GRANULARITY")
+    parser.add_argument(
+        "--scores", nargs="+", default=["owl", "fisher:module"], help="METHOD, METHOD:GRANULARITY, or search"
+    )
+    parser.add_argument("--passes", type=int, default=1000, help="forward passes of the search, each of one sample")
     parser.add_argument("--calibration", type=int, default=32, help=f"samples of {LENGTH} tokens")
     parser.add_argument("--samples", type=int, default=12, help=f"held-out samples of {LENGTH} tokens")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

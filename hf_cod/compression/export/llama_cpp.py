@@ -51,6 +51,11 @@ def type_of(size: Size, width: int) -> str:
     return next(kind for kind in LADDER[width] if size[1] % BLOCKS[kind][0] == 0)
 
 
+def grid(size: Size, width: int) -> int:
+    """The bits of a code of the type of a matrix: "iq4_nl" has four also where it stands for two."""
+    return next(int(digit) for digit in type_of(size, width) if digit.isdecimal())
+
+
 def stored(size: Size, width: int, group: int | None, scale_bits: int) -> int:
     """The number of bits of a matrix in a GGUF."""
     block, size_of_block = BLOCKS[type_of(size, width)]

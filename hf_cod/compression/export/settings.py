@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from hf_cod.compression.search.settings import DEFAULT_PASSES
 from hf_cod.io.arguments import checked
 from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
-from hf_cod.io.settings import SampleFields, as_in, check_choice
+from hf_cod.io.settings import SampleFields, as_in, check_choice, check_effect, check_least
 
 # Target -> what is written. `targets.TARGETS` has the functions.
 TARGETS = {
@@ -48,6 +49,17 @@ class ExportSettings(ModuleSettings):
             "choices": list(GROUPS),
         },
     )
+    search: bool = field(
+        default=False,
+        metadata={
+            "help": "search for the widths of the matrices by the divergence of the rounded model, among all widths of "
+            "the engine near the budget; it starts from plans by scores; default: off"
+        },
+    )
+    passes: int = field(
+        default=DEFAULT_PASSES,
+        metadata={"help": "cost of --search: maximum number of forward passes of one sample through a rounded model"},
+    )
     gguf: str | None = field(
         default=None,
         metadata={
@@ -66,6 +78,9 @@ class ExportSettings(ModuleSettings):
             raise ValueError(f"bits: expected stored bits per weight, such as 3.6, got {self.bits}")
         if self.group_size is not None and self.group_size not in GROUPS:
             raise ValueError(f"group_size: expected {', '.join(map(str, GROUPS))}, got {self.group_size}")
+        check_least(self, passes=1)
+        if not self.search:
+            check_effect(self, ["passes"], "no search")
         if self.gguf is not None and self.to != "llama.cpp":
             raise ValueError(f"gguf: expected none for {self.to}, which reads no GGUF, got {self.gguf!r}")
 
@@ -76,4 +91,6 @@ class ExportFields(ModuleFields, SampleFields, total=False):
     to: str
     bits: float
     group_size: int | None
+    search: bool
+    passes: int
     gguf: str | None
