@@ -40,8 +40,8 @@ LADDER = {
     8: ("q8_0",),
 }
 WIDTHS = tuple(LADDER)
-# Of the embedding and the head, and the base type of the command line.
-OTHERS, BASE = "q8_0", "Q8_0"
+# The base type of the command line, as that of a tensor and of a file.
+BASE_TYPE, BASE = "q8_0", "Q8_0"
 _BITS = 32  # of a norm or a bias, which llama.cpp stores in float32
 _HALF = 16  # of a matrix whose rows no block divides
 
@@ -95,14 +95,15 @@ def write(request: Request) -> Written:
     if not kinds:
         raise ValueError(f"model: expected matrices with names in GGUF, got none: {named(unknown)}")
     write_text(request.output / TYPES, "".join(f"{line}\n" for line in lines(kinds)))
-    options = [f"--tensor-type-file {TYPES}", f"--token-embedding-type {OTHERS}", f"--output-tensor-type {OTHERS}"]
+    others = other_type(stack, request.embedding_bits)
+    options = [f"--tensor-type-file {TYPES}", f"--token-embedding-type {others}", f"--output-tensor-type {others}"]
     notes = [f"{len(unknown)} matrices have no name in GGUF and get {BASE}: {named(unknown)}"] if unknown else []
     if request.statistics is None:
         notes.append("no calibration dataset: no importance matrix, without which few bits cost much quality")
     else:
         _save_imatrix(request, deci)
         options.insert(0, f"--imatrix {IMATRIX}")
-    planned = planned_bytes(stack, request.plan) if deci is None else deci_bytes(deci, kinds)
+    planned = planned_bytes(stack, request.plan, others) if deci is None else deci_bytes(deci, kinds, others)
     summary = [_command(options, deci is not None)]
     summary.append(f"The tensors of the GGUF will have {planned:,} bytes; its metadata and the tokenizer come on top.")
     return Written(summary, notes if deci is None else [*notes, *_idle(deci)])
@@ -139,6 +140,12 @@ def _idle(deci: Deci) -> list[str]:
     return [f"left out, as it adds nothing: {part} of layers {', '.join(map(str, of))}" for part, of in parts if of]
 
 
+def other_type(stack: DecoderLayers, width: int) -> str:
+    """The type of the embedding and the head."""
+    weight: Any = getattr(stack.embeddings or stack.head, "weight", None)
+    return BASE_TYPE if weight is None else type_of((weight.shape[0], weight.shape[-1]), width)
+
+
 def lines(kinds: dict[str, str]) -> list[str]:
     """Lines "expression=type": one for all layers in which a tensor has the same type."""
     places: dict[tuple[str, str], list[int]] = {}
@@ -151,18 +158,21 @@ def lines(kinds: dict[str, str]) -> list[str]:
     ]
 
 
-def planned_bytes(stack: DecoderLayers, plan: ExportPlan) -> int:
+def planned_bytes(stack: DecoderLayers, plan: ExportPlan, others: str = BASE_TYPE) -> int:
     """Bytes of all tensors of the GGUF."""
     model: Any = stack.model
     bits = sum(stored(plan.sizes[name], width, None, 0) for name, width in plan.widths.items())
     matrices = {id(model.get_submodule(name).weight) for name in plan.widths}
+    outside = {id(getattr(module, "weight", None)) for module in (stack.embeddings, stack.head)}
     for parameter in model.parameters():
-        if id(parameter) not in matrices:
-            bits += parameter.numel() * _BITS if parameter.dim() < 2 else _of_other(parameter)
+        if parameter.dim() < 2:
+            bits += parameter.numel() * _BITS
+        elif id(parameter) not in matrices:
+            bits += _of_other(parameter, others if id(parameter) in outside else BASE_TYPE)
     return bits // 8
 
 
-def deci_bytes(deci: Deci, kinds: dict[str, str]) -> int:
+def deci_bytes(deci: Deci, kinds: dict[str, str], others: str) -> int:
     """Bytes of all tensors of a quantized GGUF of `deci`."""
     bits = 0
     for name, tensor in deci.tensors.items():
@@ -170,15 +180,15 @@ def deci_bytes(deci: Deci, kinds: dict[str, str]) -> int:
         if tensor.dim() < 2:
             bits += tensor.numel() * _BITS
         elif kind is None:
-            bits += _of_other(tensor)
+            bits += _of_other(tensor, BASE_TYPE if name.startswith("blk.") else others)
         else:
             block, size = BLOCKS[kind]
             bits += tensor.numel() // block * size * 8
     return bits // 8
 
 
-def _of_other(parameter: Tensor) -> int:
-    block, size = BLOCKS[OTHERS]
+def _of_other(parameter: Tensor, kind: str) -> int:
+    block, size = BLOCKS[kind]
     if parameter.shape[-1] % block:
         return parameter.numel() * _HALF
     return parameter.numel() // block * size * 8

@@ -20,6 +20,7 @@ TARGETS = {
     "exl3": "override.yaml of ExLlamaV3's recompile.py",
 }
 GROUPS = (128, 64, 32)
+EMBEDDING_BITS = (4, 5, 6, 8)
 
 
 @checked
@@ -60,6 +61,13 @@ class ExportSettings(ModuleSettings):
         default=DEFAULT_PASSES,
         metadata={"help": "cost of --search: maximum number of forward passes of one sample through a rounded model"},
     )
+    embedding_bits: int = field(
+        default=8,
+        metadata={
+            "help": "for llama.cpp: width of the embedding and the head, which --bits does not count: 4, 5, 6 or 8",
+            "choices": list(EMBEDDING_BITS),
+        },
+    )
     gguf: str | None = field(
         default=None,
         metadata={
@@ -81,6 +89,11 @@ class ExportSettings(ModuleSettings):
         check_least(self, passes=1)
         if not self.search:
             check_effect(self, ["passes"], "no search")
+        if self.embedding_bits not in EMBEDDING_BITS:
+            known = ", ".join(map(str, EMBEDDING_BITS))
+            raise ValueError(f"embedding_bits: expected one of {known}, got {self.embedding_bits}")
+        if self.to != "llama.cpp":
+            check_effect(self, ["embedding_bits"], f"{self.to}, whose embedding and head we leave as they are")
         if self.gguf is not None and self.to != "llama.cpp":
             raise ValueError(f"gguf: expected none for {self.to}, which reads no GGUF, got {self.gguf!r}")
 
@@ -93,4 +106,5 @@ class ExportFields(ModuleFields, SampleFields, total=False):
     group_size: int | None
     search: bool
     passes: int
+    embedding_bits: int
     gguf: str | None
