@@ -22,6 +22,7 @@ OWN_READERS = {
     "io/requirements.py": "pyproject.toml of this package",
     "io/models.py": "loads configs and tokenizers, and finds the tokenizer of a GGUF file",
     "io/files.py": "copies and fsyncs files",
+    "compression/export/deci.py": "the tokenizer of a GGUF file",
     "io/tensors.py": "verifies the checksum of a file",
     "io/text.py": "texts of the user, of any size",
     "io/rows.py": "files of the user, searched for NUL bytes in parts",

@@ -22,6 +22,8 @@ FOLDER = "package/bins/linux-x64"
 # ggml.h and llama.h: types of tensors, and of whole files (llama.cpp's own mixtures).
 TYPES = {"f16": 1, "q5_0": 6, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20}
 FILES = {"F16": 1, "Q8_0": 7, "Q5_0": 8, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "IQ4_NL": 25}
+# Places in llama_context_params: flash_attn_type (0: off), type_k and type_v (0: float32).
+EXACT = (52, 104, 108)
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
@@ -163,8 +165,8 @@ def types_of(file: Path) -> dict[str, str]:
 class Llama:
     """A GGUF in llama.cpp."""
 
-    def __init__(self, file: Path, length: int) -> None:
-        """Loads a file for sequences of up to this number of tokens."""
+    def __init__(self, file: Path, length: int, exact: bool = False) -> None:
+        """Loads a file for sequences of up to this number of tokens; `exact`: keys and values are not rounded."""
         self.library = llama = library()
         self.model = ctypes.c_void_p(
             llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
@@ -174,6 +176,9 @@ class Llama:
         params = llama.llama_context_default_params()
         # Context, batch, physical batch, sequences, snapshots, outputs, outputs of a sequence, and threads twice.
         params.first[:] = [length, length, length, 1, 0, length, length, 1, 1]
+        if exact:
+            for place in EXACT:
+                ctypes.c_int32.from_address(ctypes.addressof(params) + place).value = 0
         self.context = ctypes.c_void_p(llama.llama_init_from_model(self.model, params))
         vocabulary = ctypes.c_void_p(llama.llama_model_get_vocab(self.model))
         self.tokens = int(llama.llama_vocab_n_tokens(vocabulary))

@@ -2,7 +2,8 @@
 
 Each mixture is made with the importance matrix of the calibration text. A plan then gets the stored bits per weight
 that the layers of the mixture have, the same importance matrix, and q8_0 for the embedding and the head. "uniform" is
-one type for all matrices. Perplexity is that of llama.cpp's logits.
+one type for all matrices. What --embedding-bits below 8 leave goes to the layers, so that files have one size.
+Perplexity is that of llama.cpp's logits.
 
     python examples/benchmarks/llama_cpp.py --model DIRECTORY --gguf MODEL.gguf --text TEXT --output llama_cpp.json
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ import gguf
 import libllama
 import numpy as np
 
-from hf_cod import collect_statistics, score_layers, token_batches
+from hf_cod import collect_statistics, find_decoder_layers, score_layers, token_batches
 from hf_cod.analysis.statistics.imatrix import read_imatrix
 from hf_cod.compression.export.exporter import export
-from hf_cod.compression.export.llama_cpp import BASE, IMATRIX, OTHERS, TYPES
+from hf_cod.compression.export.llama_cpp import BASE, BASE_TYPE, BLOCKS, IMATRIX, TYPES, other_type
 from hf_cod.io.files import write_json
 from hf_cod.io.models import ModelSettings, load_model
 
@@ -35,6 +37,15 @@ def sizes(file: Path) -> tuple[int, float]:
     matrices = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) > 1]
     bits = 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)
     return sum(int(t.n_bytes) for t in tensors), bits
+
+
+def freed(file: Path, kind: str) -> float:
+    """Bits per weight of the layers' matrices that another type of the embedding and the head leaves."""
+    found = [t for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1]
+    inside = sum(int(t.n_elements) for t in found if t.name.startswith("blk."))
+    outside = sum(int(t.n_elements) for t in found) - inside
+    bits = {name: 8 * BLOCKS[name][1] / BLOCKS[name][0] for name in (BASE_TYPE, kind)}
+    return (bits[BASE_TYPE] - bits[kind]) * outside / inside
 
 
 def perplexity(file: Path, samples: np.ndarray) -> float:
@@ -76,16 +87,24 @@ class Bench:
         """The model quantized by llama.cpp."""
         return libllama.quantize(self.source, self.folder / "made.gguf", file_type, imatrix=self.imatrix, **how)
 
-    def by_plan(self, bits: float, score: str, granularity: str) -> tuple[Path, int]:
-        """(the model quantized by a plan with this number of bits, its planned size)."""
-        options = {} if granularity == "layer" else {"granularity": granularity}
-        scores = score_layers(self.model, self.statistics, score, batches=self.batches, **options)
+    def by_plan(self, mixture: Path, score: str, granularity: str, embedding: int) -> tuple[Path, int]:
+        """(the model quantized by a plan of the size of a mixture, its planned size); what an embedding of less than
+        eight bits leaves goes to the layers.
+        """
+        others = other_type(find_decoder_layers(self.model), embedding)
+        bits = sizes(mixture)[1] + freed(mixture, others)
+        how: dict[str, Any] = {"search": True, "passes": self.args.passes, "batches": self.batches}
+        if score != "search":
+            options = {} if granularity == "layer" else {"granularity": granularity}
+            how = {"scores": score_layers(self.model, self.statistics, score, batches=self.batches, **options)}
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             output = Path(name)
-            report = export(self.model, output, to="llama.cpp", bits=bits, scores=scores, statistics=self.statistics)
+            how["statistics"] = self.statistics
+            report = export(self.model, output, to="llama.cpp", bits=bits, embedding_bits=embedding, **how)
             types = libllama.types_of(output / TYPES)
-        planned = int(report.summary[-1].split("will have ")[1].split(" ")[0].replace(",", ""))
-        return self.made(BASE, types=types, others=OTHERS), planned
+        said = next(line for line in report.summary if "will have " in line)
+        planned = int(said.split("will have ")[1].split(" ")[0].replace(",", ""))
+        return self.made(BASE, types=types, others=others), planned
 
     def row(self, name: str, file: Path, planned: int | None = None) -> dict[str, Any]:
         """The figures of a file."""
@@ -100,15 +119,15 @@ def rows(bench: Bench, mixtures: Sequence[str], uniform: Sequence[str], scores: 
     """The rows of the table."""
     yield bench.row("F16", bench.source)
     for kind in uniform:
-        yield bench.row(f"uniform {kind}", bench.made(kind, pure=True, others=OTHERS))
+        yield bench.row(f"uniform {kind}", bench.made(kind, pure=True, others=BASE_TYPE))
     for kind in mixtures:
-        file = bench.made(kind, others=OTHERS)
+        file = bench.made(kind, others=BASE_TYPE)
         yield bench.row(f"llama.cpp {kind}", file)
-        _, bits = sizes(file)
-        for name in scores:
+        file = file.replace(file.with_name("mixture.gguf"))
+        for name, embedding in product(scores, bench.args.embedding_bits):
             score, _, granularity = name.partition(":")
-            file, planned = bench.by_plan(bits, score, granularity or "layer")
-            yield bench.row(f"  {name} at its size", file, planned)
+            made, planned = bench.by_plan(file, score, granularity or "layer", embedding)
+            yield bench.row(f"  {name}, embedding {embedding}", made, planned)
 
 
 def main() -> None:
@@ -119,7 +138,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a file of text: the first half calibrates")
     parser.add_argument("--mixtures", nargs="+", default=["Q3_K_M", "Q4_K_M"], help="file types of llama.cpp")
     parser.add_argument("--uniform", nargs="*", default=["IQ4_NL", "Q5_0"], help="file types, without a mixture")
-    parser.add_argument("--scores", nargs="+", default=["owl", "fisher:module"], help="METHOD or METHOD:GRANULARITY")
+    parser.add_argument(
+        "--scores", nargs="+", default=["owl", "fisher:module"], help="METHOD, METHOD:GRANULARITY, or search"
+    )
+    parser.add_argument("--embedding-bits", nargs="+", type=int, default=[8], help="widths of the embedding and head")
+    parser.add_argument("--passes", type=int, default=1000, help="forward passes of the search, each of one sample")
     parser.add_argument("--calibration", type=int, default=32, help=f"samples of {LENGTH} tokens")
     parser.add_argument("--samples", type=int, default=12, help=f"held-out samples of {LENGTH} tokens")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

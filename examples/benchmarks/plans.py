@@ -147,12 +147,11 @@ def cells() -> Iterator[tuple[str, float, str, str, int]]:
     for budgets in COLUMNS:
         for row, (kind, budget) in product((*SCORED, SEARCH), budgets):
             yield kind, budget, METHODS[kind][0], row, 0
+    for budgets in COLUMNS:
         for seed, (kind, budget) in product(range(SEEDS), budgets):
             yield kind, budget, METHODS[kind][0], RANDOM, seed
-        for kind, budget in budgets:
-            yield kind, budget, METHODS[kind][1], SEARCH, 0
     for budgets in COLUMNS:
-        for row, (kind, budget) in product(FEW, budgets):
+        for row, (kind, budget) in product((*FEW, SEARCH), budgets):
             yield kind, budget, METHODS[kind][1], row, 0
 
 

@@ -75,6 +75,45 @@ def filled(x: Sequence[int], c: Sequence[int], B: int, order: Iterable[int]) -> 
     return found
 
 
+def switch_rungs(x: Sequence[int], c: Sequence[Sequence[int]], B: int, generator: torch.Generator) -> list[int]:
+    """`switch_widths` for ladders of widths: raises a random part by a rung, and lowers random other ones until the
+    budget is met; what is left of the budget then goes to random parts.
+
+    Args:
+        x: (P,) rung of each part; sum_i c_i[x_i] <= B.
+        c: (P,) rising costs of the rungs of each part.
+        B: of the sum of costs.
+        generator: of the random choices.
+
+    Returns:
+        (P,) with sum_i c_i[x_i] <= B; equal to x if no part can be raised.
+    """
+    raised = _one_of([i for i, rung in enumerate(x) if rung + 1 < len(c[i])], generator)
+    if raised is None:
+        return list(x)
+    found = list(x)
+    found[raised] += 1
+    lowered: list[int] = []
+    while _cost(found, c) > B:
+        i = _one_of([i for i, rung in enumerate(found) if rung and i != raised], generator)
+        if i is None:
+            return list(x)
+        found[i] -= 1
+        lowered.append(i)
+    rest = [i for i in range(len(x)) if i != raised and i not in lowered]
+    return climbed(found, c, B, [*_shuffled(rest, generator), raised, *dict.fromkeys(lowered)])
+
+
+def climbed(x: Sequence[int], c: Sequence[Sequence[int]], B: int, order: Iterable[int]) -> list[int]:
+    """Raises the parts of `order`, one after another, each by as many rungs as the rest of the budget allows."""
+    found, rest = list(x), B - _cost(x, c)
+    for i in order:
+        while found[i] + 1 < len(c[i]) and c[i][found[i] + 1] - c[i][found[i]] <= rest:
+            rest -= c[i][found[i] + 1] - c[i][found[i]]
+            found[i] += 1
+    return found
+
+
 def balanced(x: Sequence[int], n: Sequence[int], total: int) -> list[int]:
     """Adds zeros to the first parts that have room, or takes them from the first ones that have some, up to a sum.
 
@@ -89,6 +128,10 @@ def balanced(x: Sequence[int], n: Sequence[int], total: int) -> list[int]:
         found[i] += change
         missing -= change
     return found
+
+
+def _cost(x: Sequence[int], c: Sequence[Sequence[int]]) -> int:
+    return sum(costs[rung] for rung, costs in zip(x, c, strict=True))
 
 
 def _spent(x: Sequence[int], c: Sequence[int]) -> int:

@@ -78,13 +78,27 @@ def with_same_input(tensor: str) -> Iterator[str]:
             yield from (f"{block}.{other}" for other in group if other != kind)
 
 
-def _table(stack: DecoderLayers) -> Any:
+def architecture_of(stack: DecoderLayers) -> str:
+    """The name of the model's architecture in GGUF; of a narrowed or factorized model, that of its family.
+
+    Raises:
+        ImportError: the gguf package is not installed.
+        ValueError: GGUF has no architecture for the model.
+    """
     gguf = require_gguf("the name of a matrix in GGUF")
-    model_type = getattr(stack.config or stack.model.config, "model_type", "")
+    config: Any = stack.config or stack.model.config
+    model_type = str(getattr(config, "base_model_type", None) or getattr(config, "model_type", ""))
     wanted = _bare(ARCHITECTURES.get(model_type, model_type))
-    architecture = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if _bare(name) == wanted), None)
-    if architecture is None:
+    found = next((name for name in gguf.MODEL_ARCH_NAMES.values() if _bare(name) == wanted), None)
+    if found is None:
         raise ValueError(f"model: expected an architecture that GGUF has names for, got {model_type or 'none'}")
+    return str(found)
+
+
+def _table(stack: DecoderLayers) -> Any:
+    name = architecture_of(stack)
+    gguf = require_gguf("the name of a matrix in GGUF")
+    architecture = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     return gguf.get_tensor_name_map(architecture, len(stack))
 
 

@@ -44,6 +44,7 @@ BY_PLACE = ("pack", "convert", "card")
 NOT_RUN = {
     "^demo": "takes a minute; tests/test_pair.py runs it",
     "^card hf-cod-pretrain": "needs a pre-training run; tests/reporting/test_model_card.py runs it",
+    "^export .*--gguf": "needs a GGUF of the model; tests/compression/export/test_deci.py runs it",
     "^convert authors": "needs a checkpoint of the authors; tests/models runs it",
     "^finetune .*--estimate": "measures one pass of each method; tests/cli/commands/test_finetune.py runs it",
 }

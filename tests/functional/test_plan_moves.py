@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_cod.functional.plan_moves import balanced, exchange_zeros, filled, switch_widths
+from hf_cod.functional.plan_moves import balanced, climbed, exchange_zeros, filled, switch_rungs, switch_widths
 
 
 def seeded(seed):
@@ -63,3 +63,28 @@ def test_balanced_reaches_the_sum():
     assert balanced([1, 2, 3], [4, 4, 4], 6) == [1, 2, 3]
     assert balanced([1, 2, 3], [4, 4, 4], 11) == [4, 4, 3]
     assert balanced([1, 2, 3], [4, 4, 4], 1) == [0, 0, 1]
+
+
+def test_rungs_reach_every_full_plan_and_no_other():
+    """Ladders of other lengths; plans that keep the budget and of which no part could be raised, by enumeration."""
+    c, B = [(2, 5, 6), (1, 4), (3, 4, 9)], 12
+
+    def cost(plan):
+        return sum(costs[rung] for costs, rung in zip(c, plan, strict=True))
+
+    plans = [plan for plan in itertools.product(*(range(len(costs)) for costs in c)) if cost(plan) <= B]
+    raised = {p: [(*p[:i], p[i] + 1, *p[i + 1 :]) for i in range(3)] for p in plans}
+    full = {plan for plan in plans if not any(other in plans for other in raised[plan])}
+    seen, todo = set(), [tuple(climbed((0, 0, 0), c, B, range(3)))]
+    while todo:
+        plan = todo.pop()
+        if plan not in seen:
+            seen.add(plan)
+            todo += [tuple(switch_rungs(plan, c, B, seeded(seed))) for seed in range(60)]
+    assert len(full) > 3 and seen == full
+
+
+def test_rungs_without_a_way_stay():
+    assert switch_rungs([1, 1], [(1, 2), (1, 2)], 9, seeded(0)) == [1, 1]  # all are at the top
+    assert switch_rungs([0, 0], [(1, 9), (1, 9)], 5, seeded(0)) == [0, 0]  # none can pay
+    assert climbed([0, 0], [(1, 2, 4), (1, 3)], 5, [0, 1]) == [2, 0]

@@ -92,14 +92,19 @@ def main(arguments: Sequence[str]) -> int:
     if files.plan is not None:
         if files.scores is not None:
             raise ValueError(f"scores: expected none with {GIVEN}, got {files.scores!r}")
-        check_effect(settings, ["bits", "score"], GIVEN)
+        check_effect(settings, ["bits", "score", "search"], GIVEN)
     if files.scores is not None:
         check_effect(settings, ["score"], COMPUTED)
+    elif settings.search:
+        check_effect(settings, ["score"], "--search, which starts from several scores")
+    from hf_cod.io.inputs import check_file
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
 
     read = _read(files)
+    if settings.gguf is not None:
+        check_file(settings.gguf, "gguf", "a GGUF file")
     load_texts(text)
     directory = Path(files.output or default_directory("export", rest.model))
     told = ["export", rest.model, asdict(loading), asdict(text), asdict(settings), files.scores, files.plan]
@@ -140,7 +145,7 @@ def run(
     whole = WholeCheckpoint(source, loading, model, tokenizer)
     batches = with_labels(model, tokenizer, token_batches(tokenizer, load_texts(text), settings), settings.seed)
     chosen = ExportSettings(**{f.name: getattr(settings, f.name) for f in fields(ExportSettings)})
-    if not read:
+    if not read and not settings.search:
         read = {"scores": _score(model, batches, settings)}
     elif files.scores is not None and read["scores"] is None:
         read = {"scores": import_scores(model, files.scores, layers_path=settings.layers_path)}
@@ -153,7 +158,7 @@ def run(
     scores = read.get("scores")
     if scores is not None:
         scores.save(output.results / "scores.json")
-    score = settings.score if scores is None else scores.method
+    score = ("search" if settings.search else settings.score) if scores is None else scores.method
     own = {**asdict(settings), "score": None if files.plan else score, "model": source}
     own |= {"scores": files.scores, "plan": files.plan}
     report = replace(report, settings={**own, **report.settings}, notes=[*report.notes, *notes])

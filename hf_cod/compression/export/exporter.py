@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
 from hf_cod.compression.export.plan import ExportPlan, matrices_of, plan_as_given, plan_by_scores
 from hf_cod.compression.export.request import Request, Written
+from hf_cod.compression.export.search import search_widths
 from hf_cod.compression.export.settings import ExportFields, ExportSettings
 from hf_cod.compression.export.targets import TARGETS, Target
 from hf_cod.compression.quantization.plan import BitPlan
@@ -30,6 +31,8 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.search_results import with_search
+
+SEED = 0  # of the search
 
 
 @for_one_thread
@@ -64,6 +67,8 @@ def export(
     | exl3 | override.yaml | 2, 3, 4, 5, 6, 8 |
 
     All matrices get the largest width that fits the budget; layers with the highest scores get the next larger one.
+    With `search`, widths are searched instead, among those near the budget: whole plans are measured by the divergence
+    of the model with matrices rounded to grids like the engine's (`search_plan`); scores are where the search starts.
     Matrices that an engine fuses (query, key and value; gate and up) share a width. Embeddings and head are not
     quantized by us; the report's notes list matrices that are left out, and its summary the command line of the engine.
 
@@ -87,13 +92,15 @@ def export(
         layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        **fields: or fields of `ExportSettings` by name: to, bits, group_size, include, exclude; for texts, also fields
-            of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `ExportSettings` by name: to, bits, group_size, search, passes, embedding_bits, gguf,
+            include, exclude; for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size,
+            pack, seed.
 
     Raises:
         ImportError: a package of the target is not installed.
         ValueError: bits out of range for the engine (says the least and the most), a plan or scores of another model, a
-            width that the engine lacks, fused matrices of different widths, weights that cannot be replaced.
+            width that the engine lacks, fused matrices of different widths, weights that cannot be replaced, a GGUF of
+            another model.
     """
     chosen = resolve(export, ExportSettings, settings, fields)
     target, directory = TARGETS[chosen.to], Path(output)
@@ -101,7 +108,7 @@ def export(
     if plan is not None:
         if scores is not None:
             raise ValueError("scores: expected none with a plan, which has the bits of each layer, got both")
-        check_effect(chosen, ["bits"], "a plan, which has the bits of each layer")
+        check_effect(chosen, ["bits", "search"], "a plan, which has the bits of each layer")
     stack = find_decoder_layers(model, layers_path)
     check_unquantized(model, name_of(stack))
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
@@ -110,18 +117,20 @@ def export(
     if statistics is not None:
         statistics.check(stack)
     choice = choose_modules(stack, chosen)
-    planned = _plan(choice.stack, target, chosen, scores, plan)
+    more: dict[str, Any] = {"journal": journal, "layers_path": layers_path, "show_progress": show_progress}
+    planned, found = _plan(choice.stack, target, chosen, scores, plan, batches, more)
     directory.mkdir(parents=True, exist_ok=True)
     if target.weighted and statistics is None and batches is not None:
         statistics = collect_statistics(model, batches, layers_path=layers_path, name=name, show_progress=show_progress)
-    request = Request(choice.stack, planned, directory, scores, statistics, batches, journal, show_progress)
+    kept = (scores, statistics, batches, journal, show_progress)
+    request = Request(choice.stack, planned, directory, *kept, embedding_bits=chosen.embedding_bits, gguf=chosen.gguf)
     written = target.write(request)
     if target.rounds and tokenizer is not None:
         tokenizer.save_pretrained(directory)
     told = {"to": chosen.to, "group_size": planned.group, "score": None if plan else planned.method, **choice.given}
     told |= {} if batches is None else describe_batches(batches)
     report = _report(choice, target, planned, written, scores, name or name_of(stack), told)
-    return with_search(report, plan.search if isinstance(plan, LayerAllocation) else {})
+    return with_search(report, found)
 
 
 def _plan(
@@ -130,11 +139,20 @@ def _plan(
     settings: ExportSettings,
     scores: LayerScores | None,
     plan: LayerAllocation | BitPlan | None,
-) -> ExportPlan:
+    batches: Batches | None,
+    more: dict[str, Any],
+) -> tuple[ExportPlan, dict[str, Any]]:
+    """The plan, and what the search says about it."""
     matrices = matrices_of(stack, target, settings.group_size, target.grouped)
     if plan is not None:
-        return plan_as_given(stack, target, matrices, plan)
-    return plan_by_scores(stack, target, matrices, settings.bits, scores)
+        found = plan.search if isinstance(plan, LayerAllocation) else {}
+        return plan_as_given(stack, target, matrices, plan), dict(found)
+    if not settings.search:
+        return plan_by_scores(stack, target, matrices, settings.bits, scores), {}
+    if batches is None:
+        raise ValueError("batches: expected samples for the search, got none")
+    how = {"scores": scores, "passes": settings.passes, "seed": SEED, **more}
+    return search_widths(stack, target, matrices, settings.bits, batches, **how)
 
 
 def _report(

@@ -45,6 +45,9 @@ class Format(Protocol):
     def stored(self, size: Size, width: int, group: int | None, scale_bits: int) -> int:
         """The number of bits of a matrix in a file, scales included."""
 
+    def grid(self, size: Size, width: int) -> int:
+        """The bits of the uniform grid that stands for its rounding, in a search."""
+
     def reason(self, size: Size, group: int | None) -> str | None:
         """Why a matrix of this size cannot be quantized; None if it can."""
 
@@ -167,7 +170,7 @@ def plan_by_scores(
             break
         widths |= dict.fromkeys(unit, high)
         spent += more
-    return _made(engine, matrices, widths, scores.method if scores else "uniform")
+    return made_of(engine, matrices, widths, scores.method if scores else "uniform")
 
 
 def plan_as_given(
@@ -198,7 +201,7 @@ def plan_as_given(
         if name not in widths
     }
     sizes = {name: size for name, size in matrices.sizes.items() if name in widths}
-    return _made(engine, replace(matrices, sizes=sizes, left=matrices.left | left), widths, "given")
+    return made_of(engine, replace(matrices, sizes=sizes, left=matrices.left | left), widths, "given")
 
 
 def _of_matrices(engine: Format, matrices: Matrices, bits: Mapping[str, Width]) -> dict[str, int]:
@@ -251,21 +254,23 @@ def _check_width(engine: Format, width: float, where: str) -> None:
         raise ValueError(f"plan: expected widths of {engine.name} ({known} bits), got {width:g} for {where}")
 
 
-def _made(engine: Format, matrices: Matrices, widths: dict[str, int], method: str) -> ExportPlan:
+def made_of(engine: Format, matrices: Matrices, widths: dict[str, int], method: str) -> ExportPlan:
+    """The plan with these widths."""
     layers = {n: index for index, layer in enumerate(matrices.units) for unit in layer for n in unit if n in widths}
     ordered = {name: widths[name] for name in layers}
     sizes = {name: matrices.sizes[name] for name in layers}
-    stored = {n: engine.stored(sizes[n], w, matrices.group, matrices.scale_bits) for n, w in ordered.items()}
+    stored = {name: stored_bits_of(engine, matrices, name, width) for name, width in ordered.items()}
     return ExportPlan(ordered, sizes, layers, stored, matrices.left, matrices.group, method)
 
 
+def stored_bits_of(engine: Format, matrices: Matrices, name: str, width: int) -> int:
+    """The number of bits of a matrix in a file, scales included."""
+    return engine.stored(matrices.sizes[name], width, matrices.group, matrices.scale_bits)
+
+
 def _total(engine: Format, matrices: Matrices, widths: Mapping[str, int]) -> int:
-    return sum(
-        engine.stored(matrices.sizes[name], width, matrices.group, matrices.scale_bits)
-        for name, width in widths.items()
-    )
+    return sum(stored_bits_of(engine, matrices, name, width) for name, width in widths.items())
 
 
 def _more(engine: Format, matrices: Matrices, name: str, low: int, high: int) -> int:
-    size, group, scale_bits = matrices.sizes[name], matrices.group, matrices.scale_bits
-    return engine.stored(size, high, group, scale_bits) - engine.stored(size, low, group, scale_bits)
+    return stored_bits_of(engine, matrices, name, high) - stored_bits_of(engine, matrices, name, low)

@@ -27,6 +27,8 @@ class Request:
         batches: calibration batches; None without.
         journal: directory of finished layers; None to keep nothing.
         show_progress: show a progress bar.
+        embedding_bits: width of the embedding and the head, where the engine has a choice.
+        gguf: a GGUF of the model before it was narrowed; None if the engine is to read the model itself.
     """
 
     stack: DecoderLayers
@@ -37,6 +39,8 @@ class Request:
     batches: Sequence[Batch] | None = None
     journal: str | Path | None = None
     show_progress: bool = False
+    embedding_bits: int = 8
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)

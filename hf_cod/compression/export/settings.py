@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from hf_cod.compression.search.settings import DEFAULT_PASSES
 from hf_cod.io.arguments import checked
 from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
-from hf_cod.io.settings import SampleFields, as_in, check_choice
+from hf_cod.io.settings import SampleFields, as_in, check_choice, check_effect, check_least
 
 # Target -> what is written. `targets.TARGETS` has the functions.
 TARGETS = {
@@ -19,6 +20,7 @@ TARGETS = {
     "exl3": "override.yaml of ExLlamaV3's recompile.py",
 }
 GROUPS = (128, 64, 32)
+EMBEDDING_BITS = (4, 5, 6, 8)
 
 
 @checked
@@ -48,6 +50,32 @@ class ExportSettings(ModuleSettings):
             "choices": list(GROUPS),
         },
     )
+    search: bool = field(
+        default=False,
+        metadata={
+            "help": "search for the widths of the matrices by the divergence of the rounded model, among all widths of "
+            "the engine near the budget; it starts from plans by scores; default: off"
+        },
+    )
+    passes: int = field(
+        default=DEFAULT_PASSES,
+        metadata={"help": "cost of --search: maximum number of forward passes of one sample through a rounded model"},
+    )
+    embedding_bits: int = field(
+        default=8,
+        metadata={
+            "help": "for llama.cpp: width of the embedding and the head, which --bits does not count: 4, 5, 6 or 8",
+            "choices": list(EMBEDDING_BITS),
+        },
+    )
+    gguf: str | None = field(
+        default=None,
+        metadata={
+            "help": "for llama.cpp: a GGUF of the model before it was narrowed, whose tokenizer is copied into a GGUF "
+            "that is written for llama-quantize, of architecture deci: layers of Llama's kind with sizes of their own; "
+            "default: none is written"
+        },
+    )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
@@ -58,6 +86,16 @@ class ExportSettings(ModuleSettings):
             raise ValueError(f"bits: expected stored bits per weight, such as 3.6, got {self.bits}")
         if self.group_size is not None and self.group_size not in GROUPS:
             raise ValueError(f"group_size: expected {', '.join(map(str, GROUPS))}, got {self.group_size}")
+        check_least(self, passes=1)
+        if not self.search:
+            check_effect(self, ["passes"], "no search")
+        if self.embedding_bits not in EMBEDDING_BITS:
+            known = ", ".join(map(str, EMBEDDING_BITS))
+            raise ValueError(f"embedding_bits: expected one of {known}, got {self.embedding_bits}")
+        if self.to != "llama.cpp":
+            check_effect(self, ["embedding_bits"], f"{self.to}, whose embedding and head we leave as they are")
+        if self.gguf is not None and self.to != "llama.cpp":
+            raise ValueError(f"gguf: expected none for {self.to}, which reads no GGUF, got {self.gguf!r}")
 
 
 class ExportFields(ModuleFields, SampleFields, total=False):
@@ -66,3 +104,7 @@ class ExportFields(ModuleFields, SampleFields, total=False):
     to: str
     bits: float
     group_size: int | None
+    search: bool
+    passes: int
+    embedding_bits: int
+    gguf: str | None

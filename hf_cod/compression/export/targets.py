@@ -14,6 +14,10 @@ Stored = Callable[[Size, int, "int | None", int], int]
 """((out, in), width, group, bits of a scale in the model's dtype) -> bits of a matrix in a file."""
 
 
+def _width(size: Size, width: int) -> int:
+    return width
+
+
 @dataclass(frozen=True)
 class Target:
     """An engine or file format.
@@ -28,6 +32,7 @@ class Target:
         fuses: whether matrices with the same input must have one width.
         rounds: whether `write` rounds the weights of the model, with error compensation if there are batches.
         weighted: whether `write` takes statistics of the inputs.
+        grid: (size, width) -> bits of the uniform grid that stands for its rounding, in a search.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Target:
     fuses: bool = False
     rounds: bool = False
     weighted: bool = False
+    grid: Callable[[Size, int], int] = _width
 
 
 def _grouped(more: int | None, size: Size, width: int, group: int | None, scale_bits: int) -> int:
@@ -68,6 +74,7 @@ TARGETS = {
             llama_cpp.reason,
             grouped=False,
             weighted=True,
+            grid=llama_cpp.grid,
         ),
         Target("gptqmodel", gptqmodel.WIDTHS, gptqmodel.write, _GPTQ, fuses=True),
         Target("auto-round", auto_round.WIDTHS, auto_round.write, _GPTQ, fuses=True),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.compression.search.variants import Variants
+from hf_cod.compression.search.variants import Rounding, Variants
 from hf_cod.io.files import fingerprint
 from hf_cod.io.journal import Journal
 from hf_cod.io.schema import check_value, limits
@@ -40,6 +40,7 @@ class PlanProbe(DivergenceProbe):
         batches: the samples to measure on.
         journal: stores each (plan, sample); stored entries are not computed again.
         bar: progress bar of the passes.
+        rounding: see `Variants`.
 
     Raises:
         ValueError: see `PruningProbe`.
@@ -54,9 +55,10 @@ class PlanProbe(DivergenceProbe):
         batches: Sequence[Batch],
         journal: Journal,
         bar: Any,
+        rounding: Rounding | None = None,
     ) -> None:
         super().__init__(stack, pruner, statistics, _single(batches), show_progress=False)
-        self._variants = Variants(stack, names, pruner, statistics)
+        self._variants = Variants(stack, names, pruner, statistics, rounding)
         self._journal, self._bar = journal, bar
         self._seen: set[str] = set()
         self._states: list[State] | None = None

@@ -120,19 +120,23 @@ def search_plan(
     with progress(range(chosen.passes), title, show_progress) as bar:
         statistics = None if pruner == "magnitude" else collect_statistics(model, first, layers_path=layers_path)
         probe = PlanProbe(stack, space.names, pruner, statistics, second, work, bar)
-        starts = _starts(stack, space, chosen, _scores(model, statistics, first, chosen, scores, layers_path))
+        starts = _starts(stack, space, chosen, candidates(model, statistics, first, chosen, scores, layers_path))
         evolution = Evolution(probe, space, chosen.offspring, chosen.seed)
         if show_progress:
-            say(_cost(probe, chosen, len(starts)))
-        plan, found = _found(evolution, space, starts, chosen.passes)
+            say(cost_of(probe, chosen, len(starts)))
+        plan, found = found_plan(evolution, space, starts, chosen.passes)
     found |= {"passes": probe.passes, "samples": len(probe.batches), "bytes": probe.bytes}
     return _allocation(stack, chosen, space.values(plan), found)
 
 
-def _found(
+def found_plan(
     evolution: Evolution, space: Space, starts: dict[str, Plan], passes: int
 ) -> tuple[Plan, dict[str, float | str]]:
-    """The plan, with the divergences and the number of passes of the search."""
+    """The plan, with the divergences and the number of passes of the search.
+
+    Raises:
+        ValueError: too few passes for the plans to start from.
+    """
     names = {plan: name for name, plan in reversed(starts.items())}
     every = evolution.samples
     needed = evolution.start_cost(len(names)) + len(every)  # the uniform plan is measured in any case
@@ -153,7 +157,8 @@ def _found(
     }
 
 
-def _cost(probe: PlanProbe, chosen: SearchSettings, starts: int) -> str:
+def cost_of(probe: PlanProbe, chosen: SearchSettings, starts: int) -> str:
+    """What the search costs."""
     count = len(probe.batches)
     return (
         f"search: {starts} plans to start from, then generations of {chosen.offspring}, take up to {chosen.passes} "
@@ -190,7 +195,7 @@ def _space(stack: DecoderLayers, chosen: SearchSettings) -> Space:
     return Widths(parts, prices, math.floor(chosen.budget * plan.weights) - least)
 
 
-def _scores(
+def candidates(
     model: nn.Module,
     statistics: LayerStatistics | None,
     batches: Sequence[Batch],

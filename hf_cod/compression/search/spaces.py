@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 
 from hf_cod.functional.bits import BITS
-from hf_cod.functional.plan_moves import balanced, exchange_zeros, filled, switch_widths
+from hf_cod.functional.plan_moves import balanced, climbed, exchange_zeros, filled, switch_rungs, switch_widths
 from hf_cod.layers.parts import Part
 
 Plan = tuple[int, ...]
-"""For each part its number of zeros, or 1 for the larger of two widths."""
+"""For each part its number of zeros, 1 for the larger of two widths, or a rung of its ladder of widths."""
 
 # Shares of the zeros of a part, of which each change moves one.
 SHARES = (1 / 32, 1 / 16, 1 / 8)
@@ -109,6 +109,48 @@ class Widths:
         found: Sequence[int] = plan
         for _ in range(_changes(generator)):
             found = switch_widths(found, self.prices, self.budget, generator)
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Widths of parts, each from a ladder of its own, within a budget of stored bits.
+
+    Attributes:
+        parts: the parts of the model.
+        widths: of each part, rising.
+        prices: the stored bits of each part with each of its widths, rising.
+        budget: of their sum.
+    """
+
+    parts: Sequence[Part]
+    widths: Sequence[Sequence[int]]
+    prices: Sequence[Sequence[int]]
+    budget: int
+
+    @property
+    def names(self) -> list[str]:
+        """The matrices of all parts."""
+        return [name for part in self.parts for name in part.names]
+
+    def start(self, values: Mapping[str, float]) -> Plan:
+        """The largest width up to that of each part's first matrix; the rest of the budget goes to the first parts."""
+        rungs = [
+            max((rung for rung, width in enumerate(own) if width <= values[part.names[0]]), default=0)
+            for part, own in zip(self.parts, self.widths, strict=True)
+        ]
+        return tuple(climbed(rungs, self.prices, self.budget, range(len(rungs))))
+
+    def values(self, plan: Plan) -> dict[str, float]:
+        """The width of each matrix."""
+        found = zip(self.parts, plan, self.widths, strict=True)
+        return {name: float(own[rung]) for part, rung, own in found for name in part.names}
+
+    def changed(self, plan: Plan, generator: torch.Generator) -> Plan:
+        """Moves one to three random parts up a rung, and as many others down as the budget requires."""
+        found: Sequence[int] = plan
+        for _ in range(_changes(generator)):
+            found = switch_rungs(found, self.prices, self.budget, generator)
         return tuple(found)
 
 

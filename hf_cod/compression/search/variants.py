@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from hf_cod.functional.sparsity import zero_counts
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.settings import CODEBOOK
 
+Rounding = tuple[Mapping[str, Sequence[int]], Callable[[Tensor, int, "Tensor | None"], Tensor]]
+
 
 class Variants:
     """Pruned or rounded matrices, which are put in the place of the model's own.
 
     For zeros, memory holds the rank of each weight among those that it is compared with: two bytes (Wanda) or four
-    (magnitude) per weight for all sparsities together. For bits it holds the matrices in 3 and in 4 bits. In addition
+    (magnitude) per weight for all sparsities together. For bits it holds the matrices in each width. In addition
     to these, it holds a copy of the intact matrices.
 
     Args:
@@ -27,11 +29,19 @@ class Variants:
         names: of the matrices.
         pruner: one of `scoring.settings.PRUNERS`.
         statistics: of the intact model; None for magnitude.
+        rounding: for widths beside three and four bits: name of each matrix -> its widths, and
+            (matrix, width, squares) -> the rounded matrix.
     """
 
     def __init__(
-        self, stack: DecoderLayers, names: Collection[str], pruner: str, statistics: LayerStatistics | None
+        self,
+        stack: DecoderLayers,
+        names: Collection[str],
+        pruner: str,
+        statistics: LayerStatistics | None,
+        rounding: Rounding | None = None,
     ) -> None:
+        widths, rounded = rounding or (dict.fromkeys(names, BITS), codebook.rounded)
         self._weights: dict[str, Tensor] = {}
         self._layers: dict[str, int] = {}
         for index in range(len(stack)):
@@ -45,8 +55,8 @@ class Variants:
         for name, W in self._weights.items():
             squares = [None if statistics is None else statistics.of(name, expert) for expert, _ in _matrices(W)]
             if pruner == CODEBOOK:
-                for bits in BITS:
-                    found = [codebook.rounded(m, bits, s) for (_, m), s in zip(_matrices(W), squares, strict=True)]
+                for bits in widths[name]:
+                    found = [rounded(m, bits, s) for (_, m), s in zip(_matrices(W), squares, strict=True)]
                     self._rounded[name, bits] = torch.stack(found).view(W.shape)
             else:
                 rows = [None if pruner == "magnitude" else s for s in squares]

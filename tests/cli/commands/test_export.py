@@ -70,6 +70,18 @@ def test_a_plan_and_scores_from_files(arguments, checkpoint, capsys):
     assert not (checkpoint / "three" / "report.json").exists()
 
 
+def test_a_search(arguments, checkpoint, capsys):
+    out = checkpoint / "out"
+    search = [*arguments, "--to", "mlx", "--bits", "4.4", "--search", "--sequence-length", "8", "--max-samples", "4"]
+    assert main([*search, "--passes", "40", "--output", str(out)]) == 0
+    report = RunReport.load(out)
+    assert report.settings["score"] == "search" and report.results["search"]["passes"] <= 40
+    assert "The search found a plan" in capsys.readouterr().out and not (out / "scores.json").exists()
+    for words, said in ((["--score", "angular"], "score: expected none with --search"), (["--gguf", "x"], "gguf: ")):
+        assert main([*search, *words, "--output", str(checkpoint / "other")]) == 2
+        assert said in capsys.readouterr().err
+
+
 PAIRS = (("plan", "allocation"), ("scores", "scores"))
 
 

@@ -118,3 +118,18 @@ def test_the_real_llama_cpp_makes_what_was_planned(smollm2, brown_text, tmp_path
         log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
         divergence[path] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     assert divergence[half] < 1e-4 < divergence[file] < 0.2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bits_of_the_embedding_are_planned(tied, tmp_path):
+    model = llama(tie_word_embeddings=tied)
+    reports = [
+        export(model, tmp_path / str(width), to="llama.cpp", bits=5, embedding_bits=width) for width in (8, 5, 4)
+    ]
+    told = [int(re.search(r"will have ([\d,]+) bytes", r.summary[-1])[1].replace(",", "")) for r in reports]
+    blocks = 99 * 64 // 32 * (1 if tied else 2)
+    assert [told[0] - other for other in told[1:]] == [blocks * (34 - 22), blocks * (34 - 18)]
+    assert "--token-embedding-type q5_0 --output-tensor-type q5_0" in reports[1].summary[1]
+    for to, width, said in (("llama.cpp", 3, "expected one of 4, 5, 6, 8"), ("mlx", 5, "expected none with mlx")):
+        with pytest.raises(ValueError, match=f"^embedding_bits: {said}"):
+            export(model, tmp_path / "other", to=to, bits=5, embedding_bits=width)

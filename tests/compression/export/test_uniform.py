@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_cod.compression.export.uniform import PACKED, SCALE, SHAPE, decode, pack, round_uniform, unpack
+from hf_cod.functional import codebook
 
 
 def bits_by_hand(codes, bits):
@@ -70,3 +71,12 @@ def test_a_group_of_zeros_and_numbers_that_are_none():
     assert torch.equal(decode(round_uniform(W, 3, 32, "W"), 3, 32), W)
     with pytest.raises(ValueError, match=r"^weights: expected finite numbers, got NaN or infinity in some\.name$"):
         round_uniform(W.fill_(torch.inf), 3, 32, "some.name")
+
+
+@pytest.mark.parametrize("bits, least, most", [(3, 1.12, 1.24), (4, 1.18, 1.32)])
+def test_what_the_grid_costs_at_equal_stored_bits(bits, least, most):
+    """On normal weights: groups of 128 with scales of 16 bits, against the codebook, groups of 64 with scales of 8."""
+    W = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
+    tensors = round_uniform(W, bits, 128, "W", squares=torch.ones(1024))
+    grid, book = decode(tensors, bits, 128), codebook.rounded(W, bits, torch.ones(1024), 64)
+    assert least < float((grid - W).square().sum() / (book - W).square().sum()) < most
