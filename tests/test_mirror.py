@@ -156,7 +156,7 @@ TESTED_BY = {
         "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/expert_panel.py "
         "reporting/plots/generation_panel.py "
         "reporting/plots/names.py reporting/plots/panels.py reporting/plots/trade_off.py "
-        "reporting/plots/training_panels.py"
+        "reporting/plots/swap_panel.py reporting/plots/training_panels.py"
     ),
     "reporting/test_comparison.py": "io/report_results.py",
     "reporting/test_model_card.py": "cli/commands/card.py reporting/card_entries.py reporting/settings.py",

@@ -8,6 +8,18 @@ from torch import nn
 
 from hf_cod.layers.stack import DecoderLayers
 
+# Entries of a config that say nothing of how layers compute.
+OUTSIDE = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+)
+
 
 def why_not_exchangeable(stack: DecoderLayers, layer: int, other: DecoderLayers, donor: int) -> str | None:
     """Why layer `donor` of `other` cannot run in the place of a layer; None if it can.
@@ -46,3 +58,16 @@ def _entries(stack: DecoderLayers, layer: int) -> dict[str, Any]:
     values = vars(stack.config) if stack.config is not None else {}
     lists = {name: value for name, value in values.items() if isinstance(value, (list, tuple))}
     return {name: value[layer] for name, value in lists.items() if len(value) == len(stack)}
+
+
+def config_differences(config: Any, other: Any) -> list[str]:
+    """Notes on what two configs say differently of how layers compute, such as the base of rotary positions: layers run
+    with the positions and masks of the model that they are put into."""
+    mine, theirs = ({} if each is None else each.to_dict() for each in (config, other))
+    names = [name for name in {**mine, **theirs} if not _is_outside(name) and mine.get(name) != theirs.get(name)]
+    return [f"the configs differ in {name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in sorted(names)]
+
+
+def _is_outside(name: str) -> bool:
+    """Whether an entry of a config is of its file, its tokens or its head, not of layers."""
+    return name.startswith("_") or name.endswith(("_token_id", "_token_ids")) or name in OUTSIDE

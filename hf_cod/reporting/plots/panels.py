@@ -15,6 +15,7 @@ from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
 from hf_cod.reporting.plots.expert_panel import expert_scores
 from hf_cod.reporting.plots.generation_panel import generation
 from hf_cod.reporting.plots.names import literal
+from hf_cod.reporting.plots.swap_panel import swap
 from hf_cod.reporting.plots.trade_off import trade_off
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
 
@@ -246,6 +247,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "attention_sinks": _per_layer("attention_sinks", "Attention to the first token", "share of attention"),
     "massive_ratio": _per_layer("massive_ratio", "Massive activations", "max |x| / median |x|"),
     "logit_lens": _per_layer("logit_lens", "Logit lens: the head reads each layer's output", "loss"),
+    "swap": swap,
     "score": _score,
     "expert_scores": expert_scores,
     "curve": _curve,
