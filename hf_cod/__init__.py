@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_cod.analysis.diagnostics.diagnosis import diagnose as diagnose
     from hf_cod.analysis.diagnostics.generation_drop import GenerationDrop as GenerationDrop
     from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop as measure_generation_drop
+    from hf_cod.analysis.diagnostics.layer_swap import measure_swap as measure_swap
     from hf_cod.analysis.diagnostics.settings import DiagnoseSettings as DiagnoseSettings
     from hf_cod.analysis.evaluation.choice import perplexity as perplexity
     from hf_cod.analysis.evaluation.lm_eval_tasks import evaluate_tasks as evaluate_tasks
@@ -195,6 +196,7 @@ _HOMES = {
     "load_texts": "io.text",
     "lora_ranks": "training.owlore.lora_ranks",
     "measure_generation_drop": "analysis.diagnostics.generation_drop",
+    "measure_swap": "analysis.diagnostics.layer_swap",
     "narrow": "compression.width.narrower",
     "owlore": "training.owlore.trainer_arguments",
     "pack_sparse": "compression.sparse.quantizer",

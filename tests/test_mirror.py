@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": (
         "analysis/diagnostics/findings.py analysis/diagnostics/forward_results.py analysis/diagnostics/journaled.py "
+        "analysis/diagnostics/applicable.py analysis/diagnostics/more_findings.py "
         "analysis/diagnostics/settings.py"
     ),
     "analysis/diagnostics/test_forward_pass.py": "analysis/diagnostics/forward_measures.py",
@@ -23,7 +24,13 @@ TESTED_BY = {
         "analysis/generation/decoding.py analysis/generation/prompts.py analysis/generation/settings.py"
     ),
     "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
+    "analysis/diagnostics/test_more_measures.py": (
+        "analysis/diagnostics/attention_sinks.py analysis/diagnostics/causal_score.py "
+        "analysis/diagnostics/jacobians.py analysis/diagnostics/logit_lens.py "
+        "analysis/diagnostics/massive_activations.py analysis/diagnostics/permutation_score.py "
+    ),
     "analysis/diagnostics/test_repeated_layers.py": "layers/streams.py",
+    "analysis/diagnostics/test_usefulness.py": "analysis/diagnostics/changed_layers.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": (
         "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
@@ -150,7 +157,7 @@ TESTED_BY = {
         "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/expert_panel.py "
         "reporting/plots/generation_panel.py "
         "reporting/plots/names.py reporting/plots/panels.py reporting/plots/trade_off.py "
-        "reporting/plots/training_panels.py"
+        "reporting/plots/swap_panel.py reporting/plots/training_panels.py"
     ),
     "reporting/test_comparison.py": "io/report_results.py",
     "reporting/test_model_card.py": "cli/commands/card.py reporting/card_entries.py reporting/settings.py",

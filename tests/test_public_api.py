@@ -37,6 +37,10 @@ OPTIONS = {
     "load_texts": ("TextSettings", ""),
     "lora_ranks": ("LoraRankSettings", "model scores"),
     "measure_generation_drop": ("GenerationSettings", "model tokenizer tasks journal layers_path show_progress"),
+    "measure_swap": (
+        "SampleSettings",
+        "model donor batches tokenizer texts metric output journal layers_path name donor_name show_progress",
+    ),
     "narrow": ("NarrowSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
     "pack_sparse": ("PackSettings", "model"),
     "perplexity": ("SampleSettings", "model batches tokenizer texts"),

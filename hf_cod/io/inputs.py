@@ -126,7 +126,7 @@ def check_inputs(values: Mapping[str, Any]) -> None:
 
 # Option or argument of the commands -> check of its path.
 CHECKS: dict[str, Callable[[str, str], None]] = {
-    **dict.fromkeys(("model", "student", "teacher", "source"), check_model_path),
+    **dict.fromkeys(("model", "student", "teacher", "source", "swap"), check_model_path),
     **dict.fromkeys(("text", "eval_text"), check_text_path),
     **dict.fromkeys(("scores", "plan", "chat_template"), check_file),
     "run": check_history,

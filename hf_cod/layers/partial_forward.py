@@ -133,6 +133,28 @@ def passed_over(stack: DecoderLayers, rests: Mapping[int, tuple[Any, ...] | None
 
 
 @contextmanager
+def running_from(
+    stack: DecoderLayers, start: int, before: State | None, replaced: Mapping[int, nn.Module]
+) -> Iterator[None]:
+    """Within the block the model's forward begins at a layer, and runs other modules in the place of some layers.
+
+    Args:
+        stack: the layers.
+        start: the first layer that runs.
+        before: output of the layer before it; None lets the whole model run.
+        replaced: number of a layer -> module that runs in its place.
+    """
+    passages = OrderedDict(stack.module_list._modules)
+    for i in range(start if before is not None else 0):
+        passages[str(i)] = Passage(
+            stack[i], before[0] if before else None, partial(_same, before[1] if before else None)
+        )
+    passages.update({str(i): module for i, module in replaced.items()})
+    with exchanged_layers(stack, passages):
+        yield
+
+
+@contextmanager
 def last_states(stack: DecoderLayers, last: State, earlier: Tensor) -> Iterator[None]:
     """Within the block the last layer returns `last`, and all others `earlier` as their hidden state."""
     passages = OrderedDict(stack.module_list._modules)

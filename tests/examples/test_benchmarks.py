@@ -30,9 +30,11 @@ QUICK = {
     "rank_table.py": "--methods plain --scores uniform owl --removed 0.2 --tuning-samples 2 --report-samples 2",
     "width_table.py": "--methods magnitude --scores uniform --removed 0.2 --tuning-samples 2 --report-samples 2",
     "generation_table.py": "--tasks gym:chain_sum@0 --steps 1 --every 1 --batch 2 --prompts 8 --max-new-tokens 2",
+    "measures_table.py": "--samples 4 --sequence-length 32 --batch-size 2",
+    "swap_table.py": "--samples 4 --sequence-length 32 --batch-size 2 --steps 1",
     "depth_table.py": "--criteria angular --layers 1 --tuning-samples 2 --report-samples 2",
 }
-OWN_SAMPLES = ("generation_table.py",)
+OWN_SAMPLES = ("generation_table.py", "measures_table.py", "swap_table.py")
 ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/few_tokens.py", "benchmarks/owl.py", "benchmarks/smaller.py")
 
 

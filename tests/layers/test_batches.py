@@ -27,6 +27,7 @@ CALLS = {
     "drop_layers": lambda model: (model, [1], "linear"),
     "export": lambda model: (model, tempfile.mkdtemp()),
     "factorize": lambda model: (model, 0.7),
+    "measure_swap": lambda model: (model, tuned(model)),
     "narrow": lambda model: (model, 0.8, "fluctuation"),
     "perplexity": lambda model: (model,),
     "plan_depth": lambda model: (model, 1, "search"),
@@ -52,6 +53,14 @@ OPTIONS = {
 OPTIONAL = {"export", "quantize"}
 # These have a seed of their own, also for batches; the keyword sets both.
 SEEDED = {"recover", "search_plan"}
+
+
+def tuned(model):
+    """A copy with other weights."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    return other
 
 
 def model_for(function):

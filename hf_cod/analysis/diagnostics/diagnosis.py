@@ -10,15 +10,17 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from hf_cod.analysis.diagnostics.applicable import applicable
 from hf_cod.analysis.diagnostics.drop_results import report_layer_drop
 from hf_cod.analysis.diagnostics.findings import summarize
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from hf_cod.analysis.diagnostics.forward_results import forward_results, keep_intervals, repeated_notes
 from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop
 from hf_cod.analysis.diagnostics.generation_results import generation_figures
-from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
+from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
 from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward, check_norms
-from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
+from hf_cod.analysis.diagnostics.more_measures import Request, measure_more
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.generation.sources import listed
 from hf_cod.analysis.generation.task import GenerationTask
@@ -30,12 +32,9 @@ from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batche
 from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import environment_of
-from hf_cod.layers.direct_use import check_unwritten, direct_use
 from hf_cod.layers.fingerprints import Journals
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.layer_calls import REPEATED, layers_obstacle
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.layers.stack import find_decoder_layers, unwrap
 from hf_cod.layers.stacks import are_alternatives
 from hf_cod.layers.task import task_of
 
@@ -88,8 +87,15 @@ def diagnose(
       of `without`. Fewer than 8 samples give no interval.
 
     With tasks, `layers` also hold the changes of `reference_loss`, `chain_loss` and `task_accuracy` without each layer.
+    On request (`metrics`), they hold `usefulness`, `causal_score`, `permutation_score`, `jacobian`, `attention_sinks`
+    and `sink_heads`, `massive_ratio` and `massive_activations`, `logit_lens` and `lens_gain` (how much the layer lowers
+    the loss of the logit lens), with None for layers that have no such value. Then `rank_correlations` of the results
+    compare the order of the layers by each measure with that by the harm of their removal. Measures that fail are left
+    out with a note if all are wanted (`metrics="all"`).
 
-    The formulas are in `functional.depth`, `measure_layer_drop`, `measure_gradient_norm` and `measure_generation_drop`.
+    The formulas are in `functional.depth`, `measure_layer_drop`, `measure_gradient_norm`, `measure_generation_drop`,
+    `measure_usefulness`, `measure_causal_score`, `measure_permutation_score`, `measure_jacobian`,
+    `measure_attention_sinks`, `measure_massive_activations` and `measure_logit_lens`.
 
     Args:
         model: a transformers model, wrapped or not; it is not changed.
@@ -97,7 +103,8 @@ def diagnose(
         texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
         batches: instead of tokenizer and texts: dicts for the model's forward (images, labelled data);
             `token_batches` makes them from texts.
-        drop_metric: metric of the layer drop: a name, module or callable, see `evaluation.choice.find_metric`.
+        drop_metric: metric of the layer drop and of other losses: a name, module or callable, see
+            `evaluation.choice.find_metric`.
         tasks: tasks that the model answers without each layer: names or `GenerationTask`s, see
             `generation.sources.load_tasks`.
         output: a directory in which the report is saved.
@@ -134,7 +141,7 @@ def diagnose(
     if place is not None:
         report.settings["inputs"] = journals.inputs  # identifies weights and samples
         report.keep_earlier(place, resumable=metric.identity is not None)
-    wanted = _applicable(chosen, stack, task, batches, report)
+    wanted = applicable(chosen, stack, task, batches, report)
     if "layer_drop" in wanted and metric.compares and are_alternatives(stack.model):
         report.notes.append(f"layer_drop: {metric.name} is measured on the last hidden state of the {stack.name} tower")
     if texts is not None and report.settings["samples"] < chosen.max_samples:
@@ -195,28 +202,6 @@ def _task_names(tasks: Any) -> list[str] | None:
     return [task.name if isinstance(task, GenerationTask) else task for task in listed(tasks)]
 
 
-def _applicable(
-    chosen: DiagnoseSettings, stack: DecoderLayers, task: str, batches: list[Batch], report: RunReport
-) -> list[str]:
-    if chosen.metrics is not None:
-        return chosen.metrics
-    reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack, batches)}
-    report.notes.extend(f"{metric} was left out: {reason}" for metric, reason in reasons.items() if reason is not None)
-    found = [metric for metric in METRICS if reasons.get(metric) is None]
-    return [metric for metric in found if metric != "generation" or chosen.tasks]
-
-
-def _why_dependent(stack: DecoderLayers, batches: list[Batch]) -> str | None:
-    """Why layers cannot be run without the earlier ones, or the model without one of them; None if they can."""
-    try:
-        check_independent(stack, "layers", batches)
-        check_unwritten(stack.model, batches)
-    except ValueError as error:
-        return str(error).partition(": ")[2]
-    obstacles = direct_use(stack.model, batches).obstacles
-    return layers_obstacle(stack, {name: why for name, why in obstacles.items() if why != REPEATED})
-
-
 def _measure(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -254,6 +239,9 @@ def _measure(
     if "layer_drop" in wanted:
         journal = journals.of("layer_drop", metric.identity, *where) if metric.identity else Journal(None, "")
         report_layer_drop(report, stack, batches, metric, journal, chosen.seed, options)
+    measure_more(
+        Request(model, batches, metric, journals, chosen.seed, where, options), wanted, report, chosen.everything
+    )
 
 
 def _measure_generation(

@@ -8,6 +8,7 @@ import torch
 
 from hf_cod.analysis.diagnostics.generation_results import generation_summary
 from hf_cod.analysis.diagnostics.intervals import LEAST_SAMPLES
+from hf_cod.analysis.diagnostics.more_findings import more_summary
 from hf_cod.functional.depth import late_share
 from hf_cod.io.report import RunReport, format_number
 
@@ -31,7 +32,7 @@ def summarize(report: RunReport) -> list[str]:
             f"Output variance is {format_number(variance[0])} after the first layer and "
             f"{format_number(variance[-1])} after the last."
         )
-    return sentences
+    return sentences + more_summary(report)
 
 
 def _effective_depth(report: RunReport) -> str:

@@ -10,7 +10,8 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.settings import SampleFields, SampleSettings, as_in, check_effect, layers_path_field
 
 Token = Literal["last", "first", "all"]
-# Measure -> its description for a layer; the first three come from one forward pass.
+# Measure -> its description for a layer; the first three come from one forward pass. `MORE_METRICS` are computed on
+# request.
 METRICS = {
     "angular_distance": "angular distance between its input and output",
     "block_influence": "1 - cosine of its input and output",
@@ -18,8 +19,19 @@ METRICS = {
     "gradient_norm": "norm of the gradient of the loss with respect to its weights",
     "layer_drop": "change of a metric if the layer is removed",
     "generation": "what the model answers to the prompts of tasks if the layer is removed",
+    "usefulness": "rise of the loss with a linear map in its place",
+    "causal_score": "change of what later layers add if it is skipped",
+    "permutation_score": "rise of the loss if it and the next layer are swapped",
+    "jacobian": "distance of its Jacobian from the identity",
+    "attention_sinks": "attention to the first token, and share of heads with a sink there",
+    "massive_activations": "largest entry of its output over the median, and number of massive entries",
+    "logit_lens": "loss if the head reads its output",
 }
 FORWARD_METRICS = tuple(METRICS)[:3]
+MORE_METRICS = tuple(METRICS)[6:]
+EVERYTHING = "all"
+# Measures that the metric of the layer drop judges.
+BY_METRIC = ("layer_drop", "usefulness", "permutation_score", "logit_lens")
 # Settings of the measure `generation` beside its tasks.
 GENERATION = ("max_prompts", "max_new_tokens", "temperature", "stop_early")
 
@@ -32,16 +44,17 @@ class DiagnoseSettings(SampleSettings):
     metrics: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"measures to compute, any of {', '.join(METRICS)}; default: all that the model supports",
+            "help": f"measures to compute, any of {', '.join(METRICS)}; or {EVERYTHING}: all that the model supports; "
+            f"default: those that it supports up to {[*METRICS][5]}",
             "alone": True,
         },
     )
     drop_metric: str | None = field(
         default=None,
         metadata={
-            "help": "metric of the layer drop: perplexity, accuracy, loss, output_angle (angle to the intact model's "
-            "output) or an evaluate module; default: perplexity for language models, accuracy or loss for other heads "
-            "with labels, else output_angle"
+            "help": "metric of the layer drop, usefulness, permutation score and logit lens: perplexity, accuracy, "
+            "loss, output_angle (angle to the intact model's output) or an evaluate module; default: perplexity for "
+            "language models, accuracy or loss for other heads with labels, else output_angle"
         },
     )
     token: Token = field(
@@ -73,16 +86,24 @@ class DiagnoseSettings(SampleSettings):
         if isinstance(self.tasks, str):
             self.tasks = [self.tasks]
         self.generation()
-        unknown = set(self.metrics or ()) - set(METRICS)
+        if self.metrics and EVERYTHING in self.metrics and len(self.metrics) > 1:
+            raise ValueError(f"metrics: expected {EVERYTHING} alone, or names of measures, got both")
+        unknown = set(() if self.everything else self.metrics or ()) - set(METRICS)
         if unknown:
             raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
-        for name, metric in (("drop_metric", "layer_drop"), ("token", "angular_distance"), ("tasks", "generation")):
-            if self.metrics and metric not in self.metrics:
-                check_effect(self, [name], f"metrics other than {metric}, which it is a setting of")
+        of = {"drop_metric": BY_METRIC, "token": ("angular_distance",), "tasks": ("generation",)}
+        for name, metrics in of.items():
+            if self.metrics and not self.everything and not set(metrics) & set(self.metrics):
+                check_effect(self, [name], f"metrics other than {' and '.join(metrics)}, which it is a setting of")
         if "generation" in (self.metrics or ()) and not self.tasks:
             raise ValueError("tasks: expected at least one for the measure generation, got none")
         if not self.tasks:
             check_effect(self, GENERATION, "measures that generate no answers; tasks gives the prompts")
+
+    @property
+    def everything(self) -> bool:
+        """Whether all measures are wanted that the model supports."""
+        return self.metrics == [EVERYTHING]
 
     def generation(self) -> GenerationSettings:
         """The settings of generation."""

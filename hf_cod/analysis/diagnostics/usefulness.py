@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_cod.analysis.evaluation.metrics import Metric, as_loss
-from hf_cod.analysis.evaluation.outputs import run_for_metric
+from hf_cod.analysis.diagnostics.changed_layers import measure_changed_layers, token_rows
+from hf_cod.analysis.evaluation.metrics import Metric
 from hf_cod.functional.linear_map import MapSums
+from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.independence import check_independent, check_last_state
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import State, check_finite, layer_states, running_only
-from hf_cod.layers.running import evaluation_mode, progress
+from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
@@ -30,6 +31,7 @@ def measure_usefulness(
     fitting: Sequence[Batch],
     batches: Sequence[Batch],
     metric: Metric,
+    journal: Journal | None = None,
     *,
     layers_path: str | None = None,
     show_progress: bool = False,
@@ -48,6 +50,7 @@ def measure_usefulness(
         fitting: dicts for the model's forward, to which maps are fitted; all tokens that are not padding count.
         batches: dicts for the model's forward on which the loss is measured.
         metric: from `find_metric`.
+        journal: stores each (batch, layer); stored entries are not computed again.
         layers_path: the stack's module name, if it cannot be found.
         show_progress: show progress bars.
 
@@ -59,18 +62,20 @@ def measure_usefulness(
             several streams.
     """
     stack = find_decoder_layers(model, layers_path)
-    for part in (fitting, batches):
-        check_inputs(stack.model, part)
-    check_independent(stack, "usefulness", batches)
-    check_last_state(stack, "usefulness", batches)
+    check_inputs(stack.model, fitting)
     device = execution_device(stack.model)
-    with evaluation_mode(stack):
-        maps = _fitted(stack, [to_device(batch, device) for batch in fitting], show_progress)
-        rows: list[list[Any]] = [[] for _ in range(len(stack) + 1)]
-        for number, batch in enumerate(progress(batches, "replaced layers", show_progress)):
-            _measure(stack, to_device(batch, device), number, metric, maps, rows)
-    losses = [as_loss(metric, metric.value(found)) for found in rows]
-    return losses[0], losses[1:]
+    maps: list[Tensor] = []
+
+    def change(layer: int, states: Sequence[Any]) -> AbstractContextManager[Any]:
+        if not maps:  # a finished run does not need them
+            maps.extend(_fitted(stack, [to_device(batch, device) for batch in fitting], show_progress))
+        T, hidden, (after, rest) = maps[layer], states[layer][0], states[layer + 1]
+        replaced: State = (hidden.to(T.device, T.dtype) @ T).to(after), rest
+        return running_only(stack, range(layer + 1, len(stack)), replaced)
+
+    options: Any = {"field": "usefulness", "journal": journal, "show_progress": show_progress}
+    intact, replaced = measure_changed_layers(stack, batches, metric, range(len(stack)), change, **options)
+    return intact, [loss for loss in replaced if loss is not None]
 
 
 def _fitted(stack: DecoderLayers, batches: Sequence[Batch], show_progress: bool) -> list[Tensor]:
@@ -81,33 +86,7 @@ def _fitted(stack: DecoderLayers, batches: Sequence[Batch], show_progress: bool)
             stack.trunk(**model_inputs(batch))
         check_finite(states, number)
         mask = stack.mask(batch)
-        rows = [_rows(hidden, mask) for hidden, _ in states]
+        rows = [token_rows(hidden, mask) for hidden, _ in states]
         for layer, found in enumerate(sums):
             found.add(rows[layer], rows[layer + 1].to(rows[layer].device) - rows[layer])
     return [found.solve(DAMPING)[0] for found in sums]
-
-
-def _rows(hidden: Tensor, mask: Any) -> Tensor:
-    """The hidden states (tokens, d) of tokens that are not padding."""
-    if hidden.dim() != 3:
-        raise ValueError(f"model: expected hidden states (samples, tokens, d), got {tuple(hidden.shape)}")
-    return hidden.flatten(0, 1) if mask is None else hidden[mask.to(hidden.device).bool()]
-
-
-def _measure(
-    stack: DecoderLayers, batch: Batch, number: int, metric: Metric, maps: list[Tensor], rows: list[list[Any]]
-) -> None:
-    """Adds the metric's rows of the intact model, and of the model with each replaced layer."""
-    with layer_states(stack) as states:
-        intact, read = run_for_metric(stack, metric, batch)
-    check_finite(states, number)
-    rows[0].extend(metric.rows(intact, read, intact))
-    reference = intact if metric.compares else None
-    del intact  # logits are large
-    for layer, T in enumerate(maps):
-        hidden, (after, rest) = states[layer][0], states[layer + 1]
-        replaced: State = (hidden.to(T.device, T.dtype) @ T).to(after), rest
-        with running_only(stack, range(layer + 1, len(stack)), replaced):
-            outputs, read = run_for_metric(stack, metric, batch)
-        rows[layer + 1].extend(metric.rows(outputs, read, reference))
-        states[layer] = (None, None)

@@ -38,8 +38,9 @@ def make_parser() -> SettingsParser:
         [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings],
         prog="hf-cod diagnose",
         description="Measures the contribution of each layer of a model: angular distance between layers, cost of its "
-        "removal, gradient norm, output variance and, with --tasks, what the model answers without it. After an "
-        "interruption the same command resumes.",
+        "removal, gradient norm, output variance and, with --tasks, what the model answers without it; with --metrics, "
+        "also usefulness, causal and permutation scores, Jacobians, attention sinks, massive activations and the logit "
+        "lens. After an interruption the same command resumes.",
     )
     parser.add_model()
     return parser
@@ -70,15 +71,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tell_cost(model: Any, settings: DiagnoseSettings) -> None:
-    """Says what generation costs at most, before it starts."""
-    if not settings.tasks:
-        return
+    """Says what generation and the measures on request cost, before they start."""
     from hf_cod.analysis.diagnostics.generation_drop import sweep_cost
+    from hf_cod.analysis.diagnostics.more_measures import more_cost
     from hf_cod.io.display import say
     from hf_cod.layers.stack import find_decoder_layers
 
     depth, how = len(find_decoder_layers(model, settings.layers_path)), settings.generation()
-    say(sweep_cost(depth, len(settings.tasks) * how.max_prompts, how))
+    if settings.tasks:
+        say(sweep_cost(depth, len(settings.tasks) * how.max_prompts, how))
+    if told := more_cost(depth, settings.metrics or ()):
+        say(told)
 
 
 def _check_reused(directory: Path) -> None:

@@ -123,7 +123,7 @@ def _has(report: RunReport, name: str) -> bool:
         return bool(report.results.get(name))
     if name == "healed":
         return report.kind == "heal"
-    if name in ("expert_scores", "generation"):
+    if name in ("expert_scores", "generation", "swap"):
         return name in report.results
     if name == "trade_off":
         return "curve" in report.results.get("plan", {})

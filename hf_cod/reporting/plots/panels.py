@@ -15,12 +15,14 @@ from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
 from hf_cod.reporting.plots.expert_panel import expert_scores
 from hf_cod.reporting.plots.generation_panel import generation
 from hf_cod.reporting.plots.names import literal
+from hf_cod.reporting.plots.swap_panel import swap
 from hf_cod.reporting.plots.trade_off import trade_off
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
 
 BY_STEP = "_by_step"
 INFLUENCE = "1 - cos(x$^l$, x$^{l+1}$)"
 GRADIENT = "‖∂L/∂θ$_l$‖"
+RISE = "rise of the loss (language models: nats per token)"
 # Scoring method -> axis label of its scores.
 SCORE_LABELS = {
     "owl": "share of outliers D$^l$",
@@ -236,6 +238,16 @@ PANELS: dict[str, Callable[..., None]] = {
     "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", GRADIENT),
     "block_influence": _per_layer("block_influence", "Block influence of each layer", INFLUENCE),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
+    "usefulness": _per_layer("usefulness", "Usefulness: a linear map in the place of each layer", RISE),
+    "causal_score": _per_layer(
+        "causal_score", "Causal score: what later layers add, without each layer", "relative change"
+    ),
+    "permutation_score": _per_layer("permutation_score", "Permutation score: each layer and the next swapped", RISE),
+    "jacobian": _per_layer("jacobian", "Jacobian of each layer", "‖J$_l$ - I‖ / ‖I‖"),
+    "attention_sinks": _per_layer("attention_sinks", "Attention to the first token", "share of attention"),
+    "massive_ratio": _per_layer("massive_ratio", "Massive activations", "max |x| / median |x|"),
+    "logit_lens": _per_layer("logit_lens", "Logit lens: the head reads each layer's output", "loss"),
+    "swap": swap,
     "score": _score,
     "expert_scores": expert_scores,
     "curve": _curve,

@@ -15,8 +15,9 @@ from transformers import (
 from examples.tiny_architectures import tiny_config
 from hf_cod import DiagnoseSettings, MeasurementError, RunReport, diagnose, pack_sparse, plan_depth, prune
 from hf_cod.analysis.diagnostics import diagnosis
-from hf_cod.analysis.diagnostics.diagnosis import METRICS
+from hf_cod.analysis.diagnostics.applicable import applicable
 from hf_cod.analysis.diagnostics.findings import summarize
+from hf_cod.analysis.diagnostics.settings import METRICS
 from tests.forged import forge, with_first_number
 from tests.references import without_layer
 from tests.tiny_models import FAMILIES, batch_for, build, two_batches
@@ -203,7 +204,7 @@ def test_quantized_weights_have_no_gradient_norm():
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     report = diagnosis.RunReport("diagnose", "m", {}, {}, {}, {})
     stack, chosen = diagnosis.find_decoder_layers(model), DiagnoseSettings()
-    wanted = diagnosis._applicable(chosen, stack, "causal_lm", [batch_for(model)], report)
+    wanted = applicable(chosen, stack, "causal_lm", [batch_for(model)], report)
     assert "gradient_norm" not in wanted and report.notes == ["gradient_norm was left out: weights are quantized"]
 
 

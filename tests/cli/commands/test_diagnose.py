@@ -112,3 +112,15 @@ def test_answers_to_tasks(checkpoint, capsys):
     assert {"reference_loss", "chain_loss", "task_accuracy"} <= found.layers.keys() & found.results["intervals"].keys()
     assert diagnose(checkpoint, "--tasks", "gym:sums", *options) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_measures_on_request(checkpoint, capsys):
+    metrics = ["layer_drop", "jacobian", "attention_sinks", "logit_lens"]
+    assert diagnose(checkpoint, "--metrics", *metrics) == 0
+    shown = capsys.readouterr().out
+    assert "jacobian, attention sinks, logit lens: about as long as 7 passes of the samples" in shown
+    assert "Rank correlation with the harm of a layer's removal" in shown
+    assert all((checkpoint / "run" / f"{name}.png").is_file() for name in metrics)
+    page = (checkpoint / "run" / "report.md").read_text(encoding="utf-8")
+    assert "| layer | layer drop | jacobian | attention sinks | sink heads | logit lens | lens gain |" in page
+    assert "- sink heads: share of heads" in page
