@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -146,10 +147,11 @@ def rank_correlations(report: RunReport) -> dict[str, float]:
     Layers without a value of either are left out.
     """
     sign = 1 if report.results["layer_drop"]["lower_is_better"] else -1
-    harm = [sign * value for value in report.layers["layer_drop"]]
+    drop = report.layers["layer_drop"]
     found = {}
     for name in (name for name in PREDICTORS if name in report.layers):
-        pairs = [(a, b) for a, b in zip(harm, report.layers[name], strict=True) if b is not None and a == a and b == b]
+        both = [pair for pair in zip(drop, report.layers[name], strict=True) if None not in pair]
+        pairs = [(sign * cost, value) for cost, value in both if not math.isnan(cost) and not math.isnan(value)]
         if len(pairs) > 1:
             a, b = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
             found[name] = spearman(a, b)
