@@ -1,14 +1,15 @@
 """Cost of three and four bits on a CPU: latency compared with bitsandbytes and dense layers; loading (Linux).
 
-(a) Square layers, for one token and for a prompt: ours with three and with four bits, bitsandbytes' Linear4bit (NF4) on
-    its unpacked path, on its packed path if the processor has AVX512-BF16, and torch's dense Linear in the dtype of the
-    input. The copies of each kind together are several times larger than the processor's cache, and run in turns; kinds
-    run in turns within a round, and ratios are medians over rounds.
+(a) Layers, square or WIDTHxROWS, for one token and for a prompt: ours with three and with four bits, bitsandbytes'
+    Linear4bit (NF4) on its unpacked path, on its packed path if the processor has AVX512-BF16, and torch's dense Linear
+    in the dtype of the input. The copies of each kind together are several times larger than the processor's cache,
+    and run in turns; kinds run in turns within a round, and ratios are medians over rounds.
 (b) Loading a Llama with random weights, in separate processes: dense, quantized during loading, and quantized before.
     Peak memory is in addition to the memory of the process before loading, without mapped files.
 
     python examples/benchmarks/quantization.py --output quantization.json
     python examples/benchmarks/quantization.py --parts latency --widths 4096 --tokens 1 --rounds 3    # a part of it
+    python examples/benchmarks/quantization.py --parts latency --widths 4096 4096x11008 --tokens 1 4 16 17 512
 """
 
 from __future__ import annotations
@@ -67,9 +68,15 @@ def stock_layer(linear: nn.Linear, packed: bool) -> nn.Module:
     return made
 
 
-def layers_of(width: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def shape(text: str) -> tuple[int, int]:
+    """(width of the input, rows) of "4096" or "4096x11008"."""
+    width, _, rows = text.partition("x")
+    return int(width), int(rows or width)
+
+
+def layers_of(size: tuple[int, int], dtype: torch.dtype) -> dict[str, nn.Module]:
     """Kind -> one layer, all with the same weights."""
-    linear = nn.Linear(width, width, bias=False, dtype=dtype).eval()
+    linear = nn.Linear(*size, bias=False, dtype=dtype).eval()
     found = {
         OURS: our_layer(linear, 3),
         "4 bits": our_layer(linear, 4),
@@ -81,9 +88,9 @@ def layers_of(width: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     return found
 
 
-def copies_of(module: nn.Module, width: int) -> list[nn.Module]:
+def copies_of(module: nn.Module, weights: int) -> list[nn.Module]:
     """Copies that are several times larger than the cache, at three bits per weight, or at the size of dense ones."""
-    size = module.weight.nbytes if type(module) is nn.Linear else width * width * 3 // 8
+    size = module.weight.nbytes if type(module) is nn.Linear else weights * 3 // 8
     return [copy.deepcopy(module) for _ in range(max(2, -(-BEYOND_CACHE // size)))]
 
 
@@ -103,10 +110,11 @@ def turns(modules: list[nn.Module], x: torch.Tensor) -> Callable[[], float]:
 def measure_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each width, dtype and number of tokens."""
     rows = []
-    for width in args.widths:
+    for size in args.widths:
+        width, height = size
         for name in args.dtypes:
             dtype = getattr(torch, name)
-            copies = {kind: copies_of(layer, width) for kind, layer in layers_of(width, dtype).items()}
+            copies = {kind: copies_of(layer, width * height) for kind, layer in layers_of(size, dtype).items()}
             for tokens in args.tokens:
                 x = torch.randn(tokens, width, dtype=dtype)
                 # A prompt takes so long that caching of weights does not matter.
@@ -115,7 +123,7 @@ def measure_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
                     copies[kind][0](x)  # builds, packs
                     run()  # warms up
                 rounds = [{kind: run() for kind, run in runs.items()} for _ in range(args.rounds)]
-                rows.append({"width": width, "dtype": name, "tokens": tokens, **summary(rounds)})
+                rows.append({"width": width, "rows": height, "dtype": name, "tokens": tokens, **summary(rounds)})
                 print(line(rows[-1]), flush=True)
     return rows
 
@@ -135,7 +143,7 @@ def line(row: dict[str, Any]) -> str:
     """A row as text."""
     times = "".join(f"{1000 * row['seconds'].get(kind, float('nan')):>11.2f}" for kind in KINDS)
     shares = "".join(f"{row['3 bits / other'].get(kind, float('nan')):>9.2f}" for kind in KINDS[1:])
-    return f"{row['width']:<7}{row['dtype']:<10}{row['tokens']:>6}{times}{shares}"
+    return f"{row['width']:>5} x {row['rows']:<7}{row['dtype']:<10}{row['tokens']:>6}{times}{shares}"
 
 
 def build_checkpoint(args: argparse.Namespace, folder: Path) -> None:
@@ -226,7 +234,14 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["latency", "loading"], default=["latency", "loading"])
-    parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096], help="widths of the layers")
+    parser.add_argument(
+        "--widths",
+        type=shape,
+        nargs="+",
+        default=[(1024, 1024), (2048, 2048), (4096, 4096)],
+        metavar="WIDTH[xROWS]",
+        help="sizes of the layers",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="tokens per product")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--width", type=int, default=1024, help="hidden size of the loaded model")

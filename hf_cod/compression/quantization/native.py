@@ -1,4 +1,7 @@
-"""The CPU kernel for 3-bit layers, and for experts of three and four bits, in C++ with AVX2, compiled on first use."""
+"""The CPU kernel for 3-bit layers, and for experts of three and four bits, in C++, compiled on first use.
+
+It uses AVX-512 where the processor has it and the blocks fit its steps, else AVX2.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from hf_cod.functional.codebook import CODEBOOKS
 from hf_cod.io.native_kernel import load_native
 
 _SOURCES = Path(__file__).with_name("csrc")
+# Up to this number of tokens are multiplied directly from the codes. For more, W is decoded into chunks for torch's
+# product, whose own blocking (and AMX, in bfloat16) pays then; in float32 with AVX-512 only for many more.
+_MOST_TOKENS, _MOST_TOKENS_AVX512_FLOAT32 = 16, 128
 _WITHOUT = "bitsandbytes decodes them, which is several times slower for few tokens"
 
 
@@ -39,6 +45,17 @@ class NativeKernel:
         self._library = library
         self._dynamic_code = dynamic_code(torch.device("cpu"))
         self._codebook = torch.tensor(CODEBOOKS[bits])
+        self.instructions: list[str] = library.instructions()
+        """What this processor can run, the fastest first."""
+
+    def most_tokens(self, codes: Tensor, block: int, dtype: torch.dtype) -> int:
+        """Up to this number of tokens `product` is faster than `rows` and torch's product of them."""
+        avx512 = (
+            dtype == torch.float32
+            and "avx512" in self.instructions
+            and self._library.fits_avx512(codes.shape[1], block, len(self._codebook) == 16)
+        )
+        return _MOST_TOKENS_AVX512_FLOAT32 if avx512 else _MOST_TOKENS
 
     def product(
         self,
@@ -49,11 +66,16 @@ class NativeKernel:
         offset: Tensor | None,
         block: int,
         bias: Tensor | None,
+        instructions: str | None = None,
     ) -> Tensor:
-        """tokens (T, K) times W^T plus the bias (N,): (T, N), summed in float32 and rounded once; W is not rounded."""
+        """tokens (T, K) times W^T plus the bias (N,): (T, N), summed in float32 and rounded once.
+
+        W is not rounded, except to bfloat16 by AVX512-BF16 for more than two tokens in bfloat16. Without `instructions`
+        the fastest are used.
+        """
         table = None if nested_absmax is None else self._dynamic_code
         matrix = codes, absmax, nested_absmax, offset, table, self._codebook, block
-        return self._library.product(tokens, *matrix, bias)
+        return self._library.product(tokens, *matrix, bias, instructions)
 
     def rows(
         self,
@@ -63,11 +85,13 @@ class NativeKernel:
         offset: Tensor | None,
         block: int,
         rows: slice,
+        dtype: torch.dtype = torch.float32,
+        instructions: str | None = None,
     ) -> Tensor:
-        """n rows of W, (n, K) float32."""
+        """n rows of W, (n, K), rounded from float32 to dtype."""
         table = None if nested_absmax is None else self._dynamic_code
         matrix = codes, absmax, nested_absmax, offset, table, self._codebook, block
-        return self._library.rows(*matrix, rows.start, rows.stop)
+        return self._library.rows(*matrix, rows.start, rows.stop, dtype, instructions)
 
 
 @cache
@@ -81,4 +105,4 @@ def _library() -> Any:
     if platform.machine() != "x86_64":
         return None
     library = load_native("hf_cod_3bit", _SOURCES, "3-bit layers", _WITHOUT)
-    return library if library is not None and library.supported() else None
+    return library if library is not None and library.instructions() else None

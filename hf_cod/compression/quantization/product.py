@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_cod.compression.quantization.format import expand_planes
 from hf_cod.compression.quantization.native import native_kernel
 
-# Up to this number of tokens are multiplied directly from the planes, if there is a kernel.
+# Up to this number of tokens are multiplied directly from the planes on CUDA; on the CPU see `native`.
 MOST_TOKENS = 16
 Scales = tuple[Tensor, "Tensor | None", "Tensor | None"]
 """(absmax, nested_absmax, offset), as `BlockScales` returns them."""
@@ -58,7 +58,7 @@ def decoded_rows(
     for first in range(0, len(planes), step):
         rows = slice(first, min(first + step, len(planes)))
         if kernel:
-            W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows)
+            W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows, dtype)
         else:
             assert scales is not None
             nibbles = expand_planes(planes[rows]) if bits == 3 else planes[rows]
@@ -105,14 +105,14 @@ def multiply_codes(x: Tensor, codes: Tensor, scales: Scales, block: int, bias: T
 
 def _direct_product(tokens: Tensor, codes: Tensor, block: int, bits: int) -> Callable[..., Tensor] | None:
     """The kernel that multiplies without decoding W; None if there is none for this size, dtype and device."""
-    if not 1 <= len(tokens) <= MOST_TOKENS or tokens.dtype not in _FAST:
+    if len(tokens) == 0 or tokens.dtype not in _FAST:
         return None
-    if tokens.is_cuda and bits == 3 and _has_triton():
+    if tokens.is_cuda and bits == 3 and len(tokens) <= MOST_TOKENS and _has_triton():
         from hf_cod.compression.quantization.triton_kernel import product
 
         return product
     kernel = native_kernel(codes, block, bits)
-    return kernel.product if kernel else None
+    return kernel.product if kernel and len(tokens) <= kernel.most_tokens(codes, block, tokens.dtype) else None
 
 
 @cache

@@ -38,8 +38,10 @@ def stored(kernel, N: int, K: int, block: int, double: bool):
 @pytest.mark.parametrize(("N", "K", "block"), SIZES)
 def test_rows_are_decoded_bit_for_bit(N, K, block, double, kernel):
     W, matrix = stored(kernel, N, K, block, double)
-    assert torch.equal(kernel.rows(*matrix, slice(0, N)), W)
-    assert torch.equal(kernel.rows(*matrix, slice(1, N)), W[1:])
+    for instructions in kernel.instructions:
+        assert torch.equal(kernel.rows(*matrix, slice(0, N), instructions=instructions), W)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(kernel.rows(*matrix, slice(1, N), dtype, instructions), W[1:].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -48,14 +50,70 @@ def test_rows_are_decoded_bit_for_bit(N, K, block, double, kernel):
 def test_product(T, N, K, block, dtype, kernel):
     W, matrix = stored(kernel, N, K, block, T % 2 == 0)
     x, bias = torch.randn(T, K).to(dtype), torch.randn(N).to(dtype)
-    for b in (None, bias):
-        found = kernel.product(x, *matrix, b)
-        assert found.dtype == dtype and found.shape == (T, N)
-        expected = x.double() @ W.double().T + (0 if b is None else b.double())
-        sizes = x.double().abs() @ W.double().abs().T
-        # Summed in fp32, rounded once.
-        limit = 1e-6 * sizes + torch.finfo(dtype).eps * expected.abs() + 1e-7
-        assert ((found.double() - expected).abs() <= limit).all()
+    for instructions in kernel.instructions:
+        rounded = (
+            instructions == "avx512_bf16" and dtype == torch.bfloat16 and T > 2 and in_wide_steps(kernel, K, block)
+        )
+        for b in (None, bias):
+            found = kernel.product(x, *matrix, b, instructions)
+            assert found.dtype == dtype and found.shape == (T, N)
+            check_product(found, x, W.bfloat16() if rounded else W, b)
+
+
+def in_wide_steps(kernel, K: int, block: int) -> bool:
+    """Whether 32 bytes of a plane, or of nibbles, share a scale, as AVX-512 requires."""
+    return block % 64 == 0 and (len(kernel._codebook) == 16 or K // block % 4 == 0)
+
+
+def check_product(found, x, W, bias):
+    """Summed in float32, rounded once."""
+    expected = x.double() @ W.double().T + (0 if bias is None else bias.double())
+    sizes = x.double().abs() @ W.double().abs().T
+    limit = 1e-6 * sizes + torch.finfo(x.dtype).eps * expected.abs() + 1e-7
+    assert ((found.double() - expected).abs() <= limit).all()
+
+
+@pytest.mark.slow
+def test_products_of_200_random_shapes(kernel):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    for _ in range(200):
+        block = 32 * 2 ** draw(3)
+        N, K, T = draw(90), block * draw(12), draw(140)
+        W, matrix = stored(kernel, N, K, block, draw(2) == 1)
+        # An odd offset, so that tokens are not aligned to registers.
+        x = torch.randn(T * K + 1, generator=generator)[1:].view(T, K)
+        for dtype in (torch.float32, torch.bfloat16):
+            for instructions in kernel.instructions:
+                rounded = instructions == "avx512_bf16" and dtype == torch.bfloat16 and T > 2
+                held = W.bfloat16() if rounded and in_wide_steps(kernel, K, block) else W
+                check_product(kernel.product(x.to(dtype), *matrix, None, instructions), x.to(dtype), held, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 2, 17, 50])
+def test_results_depend_on_neither_run_nor_threads(T, dtype, kernel):
+    _, matrix = stored(kernel, 1001, 768, 64, True)
+    x = torch.randn(T, 768).to(dtype)
+    before = torch.get_num_threads()
+    for instructions in kernel.instructions:
+        found = []
+        try:
+            for threads in (1, 1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(kernel.product(x, *matrix, None, instructions))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_unknown_instructions_are_refused(kernel):
+    _, matrix = stored(kernel, 4, 256, 64, True)
+    with pytest.raises(RuntimeError, match="instructions: expected one of"):
+        kernel.product(torch.randn(1, 256), *matrix, None, "sse9")
 
 
 def test_rows_on_several_threads(kernel):

@@ -1,185 +1,72 @@
-// Products with, and decoding of, matrices in three or four bits a weight: see format.py for the planes and nibbles,
-// scales.py for the scales. Symbols as there: N rows, K columns, B weights to a scale; a run is a quarter of a row,
-// K / 4 columns.
-//
-// A permutation of eight lanes looks eight codes up at once; four bits take two of them and a choice. The table of
-// values is multiplied with the block's scale first, so each weight is what decoding gives, to the last bit.
+// torch.ops.hf_cod_3bit: products of tokens with a matrix in three or four bits a weight, and its rows decoded.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cstdint>
-#include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "problem.h"
 #ifdef __x86_64__
-#include <immintrin.h>
+#include "avx2.h"
+#include "avx512.h"
 #endif
 
 namespace hf_cod {
 namespace {
 
 using at::Tensor;
+using Multiply = void (*)(const Problem&, int64_t, int64_t);
 
-constexpr int64_t kStep = 8;        // bytes of each plane that are looked up at a time, 64 weights in all
-constexpr int64_t kNested = 256;    // scales that share a scale
-constexpr int64_t kGrain = 1 << 17; // weights that are worth a thread
-constexpr uint64_t kLow = 0x1111111111111111;
+constexpr int64_t kGrain = 1 << 17;  // weights that are worth a thread
 
-struct Problem {
-  int64_t N, K, block, tokens;
-  bool four;              // bits, else three
-  const uint8_t* planes;  // N x 3 K / 8; of four bits N x K / 2 bytes of two codes, the first in the high nibble
-  const void* absmax;     // N x K / B: bytes where there is a table, else fp32
-  const float* nested;    // ceil(N K / B / kNested)
-  const float* table;     // 256: what codes of scales stand for; or null
-  float offset;
-  const float* codebook;  // 8, or 16
-  const float* x;         // tokens x K, in the order in which a row is read: step, run (of three), nibble, byte
-  float* out;             // tokens x N
+// What a processor can have, in the order of speed.
+enum class Instructions { kNone, kAvx2, kAvx512, kAvx512Bf16 };
+
+struct Named {
+  Instructions set;
+  const char* name;
 };
+constexpr Named kNames[] = {
+    {Instructions::kAvx512Bf16, "avx512_bf16"}, {Instructions::kAvx512, "avx512"}, {Instructions::kAvx2, "avx2"}};
 
-// The scales of a row. Not in the functions below, where the compiler may fuse the sum and round once less.
-void decode_scales(const Problem& p, int64_t row, float* s) {
-  const int64_t count = p.K / p.block, first = row * count;
-  for (int64_t i = 0; i < count; ++i) {
-    if (p.table) {
-      const float centred = p.table[static_cast<const uint8_t*>(p.absmax)[first + i]] * p.nested[(first + i) / kNested];
-      s[i] = centred + p.offset;
-    } else {
-      s[i] = static_cast<const float*>(p.absmax)[first + i];
-    }
-  }
-}
-
-inline uint64_t load(const uint8_t* bytes) {
-  uint64_t word;
-  std::memcpy(&word, bytes, sizeof(word));
-  return word;
-}
-
+Instructions best() {
 #ifdef __x86_64__
-#define HF_COD_AVX2 __attribute__((target("avx2,fma")))
-
-// Calls use(r, place in x, column, high, low) with the weights of the high and the low nibbles of eight bytes: those of
-// columns 2 i and 2 i + 1 from `column` on. r says which of four calls in a row it is, so that sums can be apart.
-template <typename Use>
-HF_COD_AVX2 __attribute__((always_inline)) inline void each_step_of_four(const Problem& p, int64_t row, const float* s,
-                                                                         const Use& use) {
-  const uint8_t* bytes = p.planes + row * (p.K / 2);
-  const __m256 lower = _mm256_loadu_ps(p.codebook), upper = _mm256_loadu_ps(p.codebook + 8);
-  const __m256i low_nibble = _mm256_set1_epi32(15);
-  for (int64_t first = 0; first < p.K / 2; first += p.block / 2) {
-    const __m256 scale = _mm256_set1_ps(s[2 * first / p.block]);
-    const __m256 values[2] = {_mm256_mul_ps(lower, scale), _mm256_mul_ps(upper, scale)};
-    const auto look_up = [&](__m256i code) HF_COD_AVX2 {  // the highest bit of a code says which half it is in
-      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values[0], code), _mm256_permutevar8x32_ps(values[1], code),
-                              _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
-    };
-    for (int64_t i = first; i < first + p.block / 2; i += 2 * kStep) {
-      for (int r = 0; r < 2; ++r) {
-        const int64_t at = i + r * kStep;
-        const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(load(bytes + at))));
-        use(r, 2 * at, 2 * at, look_up(_mm256_srli_epi32(wide, 4)), look_up(_mm256_and_si256(wide, low_nibble)));
-      }
-    }
-  }
-}
-
-template <typename Use>
-HF_COD_AVX2 __attribute__((always_inline)) inline void each_step_of_three(const Problem& p, int64_t row,
-                                                                          const float* s, const Use& use) {
-  const int64_t run = p.K / 8, blocks = p.K / p.block;
-  const uint8_t* planes = p.planes + row * 3 * run;
-  const __m256 codebook = _mm256_loadu_ps(p.codebook);
-  // Bytes of a run that surely share a scale; runs that are whole blocks change scales at the same bytes.
-  const int64_t part = blocks % 4 ? p.block / 8 : p.block / 2;
-  for (int64_t first = 0; first < run; first += part) {
-    __m256 values[4];
-    for (int64_t r = 0; r < 4; ++r)
-      values[r] = _mm256_mul_ps(codebook, _mm256_set1_ps(s[2 * (r * run + first) / p.block]));
-    for (int64_t i = first; i < first + part; i += kStep) {
-      uint64_t b[4] = {load(planes + i), load(planes + run + i), load(planes + 2 * run + i), 0};
-      b[3] = (b[0] & kLow) << 1 | (b[1] & kLow) << 2 | (b[2] & kLow) << 3;
-      for (int r = 0; r < 4; ++r) {
-        const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(b[r])));
-        use(r, 8 * i + 16 * r, r * (p.K / 4) + 2 * i,
-            _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 5)),
-            _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 1)));
-      }
-    }
-  }
-}
-
-template <bool FOUR, typename Use>
-HF_COD_AVX2 __attribute__((always_inline)) inline void each_step(const Problem& p, int64_t row, const float* s,
-                                                                 const Use& use) {
-  if constexpr (FOUR) {
-    each_step_of_four(p, row, s, use);
-  } else {
-    each_step_of_three(p, row, s, use);
-  }
-}
-
-HF_COD_AVX2 inline float sum(__m256 v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-// One row with TOKENS tokens from `token` on. Eight sums at least, because each waits for its last.
-template <bool FOUR, int TOKENS>
-HF_COD_AVX2 void row_product(const Problem& p, int64_t row, const float* s, int64_t token) {
-  constexpr int kSums = TOKENS < 8 ? 8 / TOKENS : 1;
-  __m256 sums[TOKENS][kSums];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int j = 0; j < kSums; ++j) sums[t][j] = _mm256_setzero_ps();
-  const float* x = p.x + token * p.K;
-  each_step<FOUR>(p, row, s, [&](int r, int64_t place, int64_t, __m256 high, __m256 low) HF_COD_AVX2 {
-    for (int t = 0; t < TOKENS; ++t) {
-      const float* at = x + t * p.K + place;
-      __m256 &first = sums[t][2 * r % kSums], &second = sums[t][(2 * r + 1) % kSums];
-      first = _mm256_fmadd_ps(high, _mm256_loadu_ps(at), first);
-      second = _mm256_fmadd_ps(low, _mm256_loadu_ps(at + 8), second);
-    }
-  });
-  for (int t = 0; t < TOKENS; ++t) {
-    for (int j = 1; j < kSums; ++j) sums[t][0] = _mm256_add_ps(sums[t][0], sums[t][j]);
-    p.out[(token + t) * p.N + row] = sum(sums[t][0]);
-  }
-}
-
-template <bool FOUR>
-void multiply_rows(const Problem& p, int64_t begin, int64_t end) {
-  std::vector<float> s(p.K / p.block);
-  for (int64_t row = begin; row < end; ++row) {
-    decode_scales(p, row, s.data());
-    int64_t t = 0;
-    for (; t + 8 <= p.tokens; t += 8) row_product<FOUR, 8>(p, row, s.data(), t);
-    for (; t + 4 <= p.tokens; t += 4) row_product<FOUR, 4>(p, row, s.data(), t);
-    for (; t < p.tokens; ++t) row_product<FOUR, 1>(p, row, s.data(), t);
-  }
-}
-
-template <bool FOUR>
-HF_COD_AVX2 void decode_row(const Problem& p, int64_t row, const float* s, float* W) {
-  each_step<FOUR>(p, row, s, [&](int, int64_t, int64_t column, __m256 high, __m256 low) HF_COD_AVX2 {
-    const __m256 first = _mm256_unpacklo_ps(high, low), second = _mm256_unpackhi_ps(high, low);
-    float* at = W + column;
-    _mm256_storeu_ps(at, _mm256_permute2f128_ps(first, second, 0x20));
-    _mm256_storeu_ps(at + 8, _mm256_permute2f128_ps(first, second, 0x31));
-  });
-}
-
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#else
-template <bool FOUR>
-void multiply_rows(const Problem&, int64_t, int64_t) {}
-template <bool FOUR>
-void decode_row(const Problem&, int64_t, const float*, float*) {}
-bool supported() { return false; }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return __builtin_cpu_supports("avx512bf16") ? Instructions::kAvx512Bf16 : Instructions::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Instructions::kAvx2;
 #endif
+  return Instructions::kNone;
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> found;
+  for (const Named& known : kNames)
+    if (known.set <= best()) found.emplace_back(known.name);
+  return found;
+}
+
+// Whether AVX-512 can read rows of so many bytes.
+bool fits_avx512(int64_t bytes, int64_t block, bool four) {
+#ifdef __x86_64__
+  return avx512::fits(four ? bytes * 2 : bytes * 8 / 3, block, four);
+#else
+  return false;
+#endif
+}
+
+// The instructions of this name, else the fastest; AVX2 where the steps of AVX-512 do not fit the blocks.
+Instructions choose(const Problem& p, const std::optional<c10::string_view>& name) {
+  Instructions found = name ? Instructions::kNone : best();
+  for (const Named& known : kNames)
+    if (name && *name == known.name && known.set <= best()) found = known.set;
+  TORCH_CHECK(found != Instructions::kNone, "instructions: expected one of ", names(), ", got ", name.value_or("none"));
+#ifdef __x86_64__
+  if (!avx512::fits(p.K, p.block, p.four)) return Instructions::kAvx2;
+#endif
+  return found;
+}
 
 Problem describe(const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
                  const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
@@ -193,7 +80,7 @@ Problem describe(const Tensor& planes, const Tensor& absmax, const std::optional
   const int64_t N = planes.size(0), K = four ? planes.size(1) * 2 : planes.size(1) * 8 / 3;
   TORCH_CHECK(block > 0 && K % block == 0 && (four || K * 3 / 8 == planes.size(1)),
               "planes: expected rows of whole blocks");
-  TORCH_CHECK(four ? block % (4 * kStep) == 0 : (K / block % 4 ? block / 8 : block / 2) % kStep == 0,
+  TORCH_CHECK(four ? block % 32 == 0 : (K / block % 4 ? block / 8 : block / 2) % 8 == 0,
               "block: expected a larger one, got ", block);
   const int64_t count = N * (K / block);
   TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == count, "absmax: expected ", count, " scales");
@@ -210,44 +97,90 @@ Problem describe(const Tensor& planes, const Tensor& absmax, const std::optional
           table ? *offset->const_data_ptr<float>() : 0.f, codebook.const_data_ptr<float>(), nullptr, nullptr};
 }
 
+#ifdef __x86_64__
+template <bool FOUR>
+Multiply multiplication(Instructions set, bool in_bf16, int64_t tokens) {
+  if (set == Instructions::kAvx2) return avx2::multiply_rows<FOUR>;
+  if (in_bf16) return avx512::in_bf16::multiply_rows<FOUR>;
+  return tokens <= kDirectTokens ? avx512::multiply_directly<FOUR> : avx512::in_fp32::multiply_rows<FOUR>;
+}
+
+template <bool FOUR, typename T>
+void decode_row(const Problem& p, Instructions set, int64_t row, const float* s, T* to) {
+  if constexpr (sizeof(T) == 2) {
+    avx512::in_bf16::decode_row<FOUR>(p, row, s, to);
+  } else if (set == Instructions::kAvx2) {
+    avx2::decode_row<FOUR>(p, row, s, to);
+  } else {
+    avx512::in_fp32::decode_row<FOUR>(p, row, s, to);
+  }
+}
+#else
+template <bool FOUR>
+Multiply multiplication(Instructions, bool, int64_t) { return nullptr; }
+template <bool FOUR, typename T>
+void decode_row(const Problem&, Instructions, int64_t, const float*, T*) {}
+#endif
+
+// x in the order in which the steps of a kernel, of so many bytes, read a row.
+Tensor in_steps(const Tensor& x, bool four, int64_t step) {
+  const int64_t tokens = x.size(0), K = x.size(1);
+  return (four ? x.reshape({tokens, K / 2 / step, step, 2}).permute({0, 1, 3, 2})
+               : x.reshape({tokens, 4, K / 8 / step, step, 2}).permute({0, 2, 1, 4, 3}))
+      .contiguous();
+}
+
+
 // x (tokens, K) times the transposed matrix, plus bias: (tokens, N) in x's dtype, summed in fp32 and rounded once.
+// Without instructions named, the fastest that this processor has.
 Tensor product(const Tensor& x, const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
                const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
-               int64_t block, const std::optional<Tensor>& bias) {
+               int64_t block, const std::optional<Tensor>& bias, std::optional<c10::string_view> instructions) {
   Problem p = describe(planes, absmax, nested, offset, table, codebook, block);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.K, "x: expected (tokens, ", p.K, "), got ", x.sizes());
   p.tokens = x.size(0);
-  const Tensor wide = x.to(at::kFloat);
+  const Instructions set = choose(p, instructions);
+  const bool in_bf16 =
+      set == Instructions::kAvx512Bf16 && x.scalar_type() == at::kBFloat16 && p.tokens > kDirectTokens;
   const Tensor ordered =
-      (p.four ? wide.reshape({p.tokens, p.K / 16, kStep, 2}).permute({0, 1, 3, 2})
-              : wide.reshape({p.tokens, 4, p.K / 64, kStep, 2}).permute({0, 2, 1, 4, 3}))
-          .contiguous();
-  Tensor out = at::empty({p.tokens, p.N}, ordered.options());
-  p.x = ordered.const_data_ptr<float>();
+      in_steps(in_bf16 ? x : x.to(at::kFloat), p.four, set == Instructions::kAvx2 ? 8 : 32);
+  Tensor out = at::empty({p.tokens, p.N}, x.options().dtype(at::kFloat));
+  p.x = ordered.const_data_ptr();
   p.out = out.mutable_data_ptr<float>();
-  at::parallel_for(0, p.N, kGrain / p.K + 1, [&](int64_t begin, int64_t end) {
-    p.four ? multiply_rows<true>(p, begin, end) : multiply_rows<false>(p, begin, end);
-  });
+  const Multiply multiply = p.four ? multiplication<true>(set, in_bf16, p.tokens)
+                                   : multiplication<false>(set, in_bf16, p.tokens);
+  at::parallel_for(0, p.N, kGrain / p.K + 1, [&](int64_t begin, int64_t end) { multiply(p, begin, end); });
   if (bias) out.add_(*bias);
   return out.to(x.scalar_type());
 }
 
-// Rows first..last of the matrix, (last - first, K) fp32.
-Tensor rows(const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
-            const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
-            int64_t block, int64_t first, int64_t last) {
-  const Problem p = describe(planes, absmax, nested, offset, table, codebook, block);
-  TORCH_CHECK(0 <= first && first <= last && last <= p.N, "rows: expected 0 <= first <= last <= N");
-  Tensor W = at::empty({last - first, p.K}, codebook.options());
-  float* to = W.mutable_data_ptr<float>();
+template <typename T>
+void decode_rows(const Problem& p, Instructions set, int64_t first, int64_t last, T* to) {
   at::parallel_for(first, last, kGrain / p.K + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> s(p.K / p.block);
     for (int64_t row = begin; row < end; ++row) {
       decode_scales(p, row, s.data());
-      (p.four ? decode_row<true> : decode_row<false>)(p, row, s.data(), to + (row - first) * p.K);
+      (p.four ? decode_row<true, T> : decode_row<false, T>)(p, set, row, s.data(), to + (row - first) * p.K);
     }
   });
-  return W;
+}
+
+// Rows first..last of the matrix, (last - first, K) in dtype: decoded in fp32, and rounded once.
+Tensor rows(const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
+            const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
+            int64_t block, int64_t first, int64_t last, at::ScalarType dtype,
+            std::optional<c10::string_view> instructions) {
+  const Problem p = describe(planes, absmax, nested, offset, table, codebook, block);
+  TORCH_CHECK(0 <= first && first <= last && last <= p.N, "rows: expected 0 <= first <= last <= N");
+  const Instructions set = choose(p, instructions);
+  const bool in_bf16 = set == Instructions::kAvx512Bf16 && dtype == at::kBFloat16;
+  Tensor W = at::empty({last - first, p.K}, codebook.options().dtype(in_bf16 ? at::kBFloat16 : at::kFloat));
+  if (in_bf16) {
+    decode_rows(p, set, first, last, static_cast<uint16_t*>(W.mutable_data_ptr()));
+  } else {
+    decode_rows(p, set, first, last, W.mutable_data_ptr<float>());
+  }
+  return W.to(dtype);
 }
 
 }  // namespace
@@ -255,11 +188,12 @@ Tensor rows(const Tensor& planes, const Tensor& absmax, const std::optional<Tens
 TORCH_LIBRARY(hf_cod_3bit, m) {
   m.def(
       "product(Tensor x, Tensor planes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor? table, "
-      "Tensor codebook, int block, Tensor? bias) -> Tensor");
+      "Tensor codebook, int block, Tensor? bias, str? instructions) -> Tensor");
   m.def(
       "rows(Tensor planes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor? table, Tensor codebook, "
-      "int block, int first, int last) -> Tensor");
-  m.def("supported() -> bool", &supported);
+      "int block, int first, int last, ScalarType dtype, str? instructions) -> Tensor");
+  m.def("instructions() -> str[]", &names);
+  m.def("fits_avx512(int bytes, int block, bool four) -> bool", &fits_avx512);
 }
 
 TORCH_LIBRARY_IMPL(hf_cod_3bit, CPU, m) {
