@@ -103,10 +103,13 @@ def count_removed(share: float, count: int, groups: int) -> int:
     """The number of experts to remove in each layer, a multiple of the number of groups.
 
     Raises:
-        ValueError: a share outside of 0..1, or one for which the nearest number removes none, or too many.
+        ValueError: a share outside of 0..1, or one for which the nearest number removes none, or too many; one expert.
     """
     if not 0 <= share < 1 or math.isnan(share):
         raise ValueError(f"share: expected a share of the experts of at least 0 and below 1, got {share}")
+    if share and count == groups:
+        known = f"{groups} expert{'s' * (groups > 1)}"
+        raise ValueError(f"model: expected more than {known} in each mixture, to remove some, got {count}")
     number = round(share * count / groups) * groups
     if share and not number:
         raise ValueError(

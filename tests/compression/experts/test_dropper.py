@@ -299,6 +299,8 @@ def test_what_is_refused():
     untouched(model, "share: expected a share of the experts of at least 0 and below 1, got 1", 1.0, batches=batches)
     untouched(model, "share: expected at least 0.25, which removes 1 of 4 experts, got 0.1", 0.1, batches=batches)
     untouched(model, "experts: expected at least one expert to be left", 0.9, batches=batches)
+    one = build_mixture("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    untouched(one, "model: expected more than 1 expert in each mixture, to remove some, got 1$", 0.5, batches=batches)
     untouched(model, "batches: expected batches, or tokenizer and texts, for the method reap", 0.5)
     untouched(model, "batches: .* for merge, which weights experts by usage", in_all(names, [1]), merge=True)
     untouched(model, "removed: expected equally many experts in all layers", {**in_all(names, [1]), names[0]: []})

@@ -49,6 +49,7 @@ def adapted_names(wrapped):
     return found
 
 
+MISREAD = ("deepseek_v3", "glm4_moe", "qwen3_next")
 RARE = ("qwen2_moe", "qwen3_next", "olmoe", "glm4_moe")
 
 
@@ -56,16 +57,14 @@ RARE = ("qwen2_moe", "qwen3_next", "olmoe", "glm4_moe")
     "kind", [pytest.param(kind, marks=pytest.mark.families if kind in RARE else []) for kind in MIXTURE_TYPES]
 )
 def test_each_target_is_adapted_with_the_rank_and_merged(kind, tmp_path):
-    """Also matrices beside the experts that PEFT takes for experts by their names (DeepSeek-V3)."""
+    """Also matrices beside the experts that PEFT takes for experts by their names (`MISREAD`)."""
     model = build_mixture(kind)
     before, targets = copy.deepcopy(model.state_dict()), adapter_targets(find_decoder_layers(model))
     wrapped, losses = trained(model)
     layers = adapted_names(wrapped)
     assert layers.keys() == {*targets.modules, *targets.banks} and losses[-1] < losses[0]
     assert all(layer.r == {"default": 2} and layer.scaling["default"] == 2 for layer in layers.values())
-    assert bool(targets.misread) == (kind in ("deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_next")) and bool(
-        targets.banks
-    ) == (kind != "dbrx")
+    assert bool(targets.misread) == (kind in MISREAD) and bool(targets.banks) == (kind != "dbrx")
     expected = logits(wrapped)
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
