@@ -28,6 +28,7 @@ OWN_READERS = {
     "io/rows.py": "files of the user, searched for NUL bytes in parts",
     "training/runs/checkpoint_checksums.py": "checksums of files of any size",
     "layers/replicas.py": "messages of the other processes",
+    "layers/memory_limit.py": "the peak that the kernel counts",
     "models/checkpoint.py": "models/ imports no other folder",
     "models/convert.py": "models/ imports no other folder",
     "models/stored_config.py": "models/ imports no other folder",

@@ -123,7 +123,7 @@ def run(
     measured: dict[str, Any] = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     if fallback:
         measured["fallback"] = fallback
-    measured |= {} if work.limit is None else work.limit.results()
+    measured |= work.limit.results()
     return with_inputs(_complete(report, step, work, plan, measured, scores_file), loading, text)
 
 
@@ -157,7 +157,7 @@ def _complete(
         results=results,
     )
     found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
-    notes = [*above_limit(**measured.get("memory_limit", {})), *harm_notes(fallback, step.rival)]
+    notes = [*above_limit(measured), *harm_notes(fallback, step.rival)]
     return replace(report, summary=found, notes=[*report.notes, *notes])
 
 

@@ -38,7 +38,7 @@ class Work:
         tokenizer: its tokenizer.
         calibration, evaluation: disjoint samples for calibration and for evaluation.
         scores: scores of the layers, from a file or computed; None before that.
-        limit: of memory; None: without one, with all weights in memory.
+        limit: of memory.
         whole: everything that came with the model, for saving it.
         options: keyword arguments of every method: journal, layers_path, show_progress.
         name: name of the model in reports.
@@ -59,7 +59,7 @@ class Work:
     ) -> None:
         self.scores = None if scores_file is None else read_scores(scores_file)
         self.source, self._loading, self.settings = source, loading, settings
-        self.limit = None if limit is None else MemoryLimit(limit)
+        self.limit = MemoryLimit(limit)
         self.model, self.tokenizer = load_with_tokenizer(source, loading, in_files=limit is not None)
         check_unquantized(self.model, source)
         self.whole = WholeCheckpoint(source, loading, self.model, self.tokenizer)
@@ -88,8 +88,7 @@ class Work:
         Raises:
             ValueError: it cannot.
         """
-        if self.limit is not None:
-            self.limit.check(self.stack, [*self.calibration, *self.evaluation], copies)
+        self.limit.check(self.stack, [*self.calibration, *self.evaluation], copies)
 
     def renew(self) -> None:
         """Replaces the current model by the intact model."""
@@ -99,14 +98,14 @@ class Work:
     def load(self) -> Any:
         """Loads the intact model."""
         with busy(f"loading {self.name}"):
-            return load_model(self.source, self._loading, in_files=self.limit is not None)[0]
+            return load_model(self.source, self._loading, in_files=self.limit.given)[0]
 
     def reload(self, directory: Path) -> None:
         """Replaces the current model by the saved one."""
         self.model = None
         with busy("loading the saved model"):
             saved = replace(self._loading, revision="main")
-            self.model = load_model(str(directory), saved, in_files=self.limit is not None)[0]
+            self.model = load_model(str(directory), saved, in_files=self.limit.given)[0]
 
     def score(self, method: str, **chosen: Any) -> LayerScores:
         """The scores from the file if one was passed, else those computed by a method with the command's settings."""

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hf_cod.io.offloaded import offloaded_weights
+from hf_cod.io.reading import open_tensors
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.partial_forward import State
 from hf_cod.layers.stack import DecoderLayers
@@ -34,7 +35,8 @@ class HiddenStates:
         if state is None or self._directory is None:
             return state
         # Copied into memory of torch's own: in a mapped file's, products round by how its tensors are aligned.
-        return load_file(self._path(number))[_KEY].clone(), state[1]
+        with open_tensors(self._path(number), "journal", "hidden states") as file:
+            return file.get_tensor(_KEY).clone(), state[1]
 
     def __setitem__(self, number: int, state: State) -> None:
         hidden, rest = state

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class Copies:
 
     bytes: int
     products: bool = False
+
+
+# Of scores of outliers, and of pruning by magnitude, which sorts the weights of a matrix.
+SCORED = Copies(22)
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,16 @@ class MemoryLimit:
     """A limit of the memory of the process.
 
     Args:
-        limit: in bytes.
+        limit: in bytes; None: without a limit, nothing is checked or reported.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int | None) -> None:
         self._limit, self._needed = limit, 0
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a limit."""
+        return self._limit is not None
 
     def check(self, stack: DecoderLayers, batches: Sequence[Batch], copies: Copies) -> None:
         """Checks that the limit can be kept; for the arguments see `memory_need`.
@@ -100,12 +110,15 @@ class MemoryLimit:
         Raises:
             ValueError: it cannot.
         """
-        need = memory_need(stack, batches, copies)
-        need.check(self._limit)
-        self._needed = need.total
+        if self._limit is not None:
+            need = memory_need(stack, batches, copies)
+            need.check(self._limit)
+            self._needed = need.total
 
     def results(self) -> dict[str, dict[str, int]]:
         """`memory_limit` of a report's results: the limit, what was needed, and the peak so far."""
+        if self._limit is None:
+            return {}
         told = {"limit_bytes": self._limit, "needed_bytes": self._needed, "peak_bytes": peak_bytes()}
         return {"memory_limit": told}
 
@@ -145,14 +158,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def above_limit(limit_bytes: int = 0, needed_bytes: int = 0, peak_bytes: int = 0) -> list[str]:
-    """A note for a report if the process took more than the limit, else none."""
-    if peak_bytes <= limit_bytes:
+def above_limit(results: Mapping[str, Any]) -> list[str]:
+    """A note for a report if, by its results, the process took more than its limit, else none."""
+    told = results.get("memory_limit")
+    if told is None or told["peak_bytes"] <= told["limit_bytes"]:
         return []
-    return [
-        f"the process took {peak_bytes / 1e9:.2f} GB, more than max_memory, {limit_bytes / 1e9:.2f} GB; "
-        f"{needed_bytes / 1e9:.2f} GB were expected"
-    ]
+    peak, limit, needed = (told[key] / 1e9 for key in ("peak_bytes", "limit_bytes", "needed_bytes"))
+    return [f"the process took {peak:.2f} GB, more than max_memory, {limit:.2f} GB; {needed:.2f} GB were expected"]
 
 
 def _shapes(stack: DecoderLayers, index: int) -> dict[str, tuple[int, ...]]:

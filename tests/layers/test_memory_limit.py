@@ -7,7 +7,7 @@ import torch
 
 from hf_cod import find_decoder_layers
 from hf_cod.io.models import load_model
-from hf_cod.layers.memory_limit import FIXED, Copies, above_limit, memory_need, peak_bytes
+from hf_cod.layers.memory_limit import FIXED, Copies, MemoryLimit, above_limit, memory_need, peak_bytes
 from tests.tiny_models import build
 
 
@@ -47,5 +47,8 @@ def test_the_peak_stays_when_memory_is_freed():
 
 
 def test_a_peak_above_the_limit_is_a_note():
-    assert above_limit() == above_limit(limit_bytes=2, needed_bytes=1, peak_bytes=2) == []
-    assert "took 2.00 GB, more than max_memory, 1.00 GB" in above_limit(10**9, 10**9, 2 * 10**9)[0]
+    told = {"limit_bytes": 2 * 10**9, "needed_bytes": 10**9, "peak_bytes": 2 * 10**9}
+    assert above_limit({}) == above_limit({"memory_limit": told}) == []
+    assert MemoryLimit(None).results() == {}
+    (note,) = above_limit({"memory_limit": {**told, "limit_bytes": 10**9}})
+    assert "took 2.00 GB, more than max_memory, 1.00 GB; 1.00 GB were expected" in note

@@ -175,9 +175,9 @@ class Prune(Step):
 
     def copies(self) -> Copies:
         """Those of the method; scores of outliers and of magnitudes take more than Wanda."""
-        from hf_cod.layers.memory_limit import Copies
+        from hf_cod.layers.memory_limit import SCORED, Copies
 
-        return {"magnitude": Copies(22), "sparsegpt": Copies(14, products=True)}.get(self.settings.method, Copies(12))
+        return {"magnitude": SCORED, "sparsegpt": Copies(14, products=True)}.get(self.settings.method, Copies(12))
 
     def in_memory(self) -> str | None:
         """Training requires the weights."""

@@ -32,11 +32,8 @@ if TYPE_CHECKING:
     from hf_cod.io.text import Batch
     from hf_cod.scoring.layer_scores import LayerScores
 
-
 STATISTICS, SCORES, EXPERT_SCORES = "statistics.safetensors", "scores.json", "expert_scores.json"
 IMATRIX = "imatrix.gguf"
-# Bytes that scores of outliers, and pruning for a score, take for each weight of a matrix.
-SCORED = 22
 
 
 @dataclass
@@ -124,10 +121,10 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.text import load_texts, token_batches
     from hf_cod.layers.batches import with_labels
     from hf_cod.layers.checks import check_length
-    from hf_cod.layers.memory_limit import Copies, MemoryLimit, above_limit
+    from hf_cod.layers.memory_limit import SCORED, MemoryLimit, above_limit
     from hf_cod.layers.stack import find_decoder_layers, unwrap
 
-    limit, loading = loading.limit(), loading.without_limit()
+    kept, loading = MemoryLimit(loading.limit()), loading.without_limit()
     directory = Path(output.output or default_directory("score", rest.model))
     texts = load_texts(text)
     if output.plots:
@@ -135,17 +132,14 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         check_file(output.statistics)
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", True, limit is not None)
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", True, kept.given)
         check_length(model, settings.sequence_length)
         batches = with_labels(model, tokenizer, token_batches(tokenizer, texts, settings), settings.seed)
-        told = asdict(loading) | asdict(text)
-        kept = None if limit is None else MemoryLimit(limit)
-        if kept is not None:
-            kept.check(find_decoder_layers(unwrap(model), settings.layers_path), batches, Copies(SCORED))
-        report = run(model, batches, settings, output, directory, model_title(rest.model), told)
-        measured = {} if kept is None else kept.results()
-        notes = [*text_notes(text), *report.notes, *above_limit(**measured.get("memory_limit", {}))]
-        report = replace(report, results=report.results | measured, notes=notes)
+        kept.check(find_decoder_layers(unwrap(model), settings.layers_path), batches, SCORED)
+        told, name = asdict(loading) | asdict(text), model_title(rest.model)
+        report = run(model, batches, settings, output, directory, name, told)
+        report = replace(report, notes=[*text_notes(text), *report.notes], results=report.results | kept.results())
+        report = replace(report, notes=[*report.notes, *above_limit(report.results)])
         save_report(report, place.results, output)
         written = [STATISTICS, SCORES, *([EXPERT_SCORES] if settings.experts else [])]
         place.finish(beside=[*written, *([IMATRIX] if output.imatrix else [])])
