@@ -60,6 +60,17 @@ def test_product(T, N, K, block, dtype, kernel):
             check_product(found, x, W.bfloat16() if rounded else W, b)
 
 
+def test_products_see_the_weights_that_are_decoded(kernel):
+    """Products with unit vectors are the weights, also where the last bit of a scale decides their rounding."""
+    W, matrix = stored(kernel, 88, 768, 64, True)
+    unit = torch.eye(768, dtype=torch.bfloat16)
+    for instructions in kernel.instructions:
+        for x in (unit, unit.float()):
+            for tokens in (x, x[:1], x[5:7]):
+                found = kernel.product(tokens, *matrix, None, instructions)
+                assert torch.equal(found, (tokens.float() @ W.T).to(x.dtype))
+
+
 def in_wide_steps(kernel, K: int, block: int) -> bool:
     """Whether 32 bytes of a plane, or of nibbles, share a scale, as AVX-512 requires."""
     return block % 64 == 0 and (len(kernel._codebook) == 16 or K // block % 4 == 0)

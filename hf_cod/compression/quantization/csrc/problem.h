@@ -3,6 +3,8 @@
 // scale; a run is a quarter of a row, K / 4 columns.
 #pragma once
 
+#include <c10/macros/Macros.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -27,9 +29,8 @@ struct Problem {
   float* out;             // tokens x N
 };
 
-// The scales of a row. Not in the functions of avx2.h and avx512.h, where the compiler may fuse the sum and round once
-// less.
-inline void decode_scales(const Problem& p, int64_t row, float* s) {
+// The scales of a row. Not inlined into functions with FMA, where the compiler may fuse the sum and round once less.
+C10_NOINLINE void decode_scales(const Problem& p, int64_t row, float* s) {
   const int64_t count = p.K / p.block, first = row * count;
   if (!p.table) {
     std::copy_n(static_cast<const float*>(p.absmax) + first, count, s);
