@@ -171,7 +171,11 @@ def inverse_factor(H: Tensor, damping: float) -> Tensor:
     mean = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
     J = H.flip(0, 1)  # a copy
     J.diagonal()[~live.flip(0)] = mean
-    return _inverse(damped_cholesky(J, damping, own=True).flip(0, 1))
+    L = damped_cholesky(J, damping, own=True)
+    del J  # memory holds H, one factor and a copy of it
+    R = L.flip(0, 1)
+    del L
+    return _inverse(R)
 
 
 def _inverse(R: Tensor) -> Tensor:

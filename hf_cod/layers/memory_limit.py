@@ -184,9 +184,9 @@ def _products(shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def _copies(shape: tuple[int, ...], copies: Copies) -> int:
-    """Of a matrix, or one of the experts of a bank: of its weights, and twice X^T X, in which it is factorized."""
+    """Of a matrix, or one of the experts of a bank: of its weights, and thrice X^T X, to factorize that."""
     weights, products = copies.bytes * math.prod(shape[-2:]), _FLOAT32 * shape[-1] ** 2
-    return max(weights + products, _FLOAT32 * math.prod(shape[-2:]) + 2 * products) if copies.products else weights
+    return max(weights + products, _FLOAT32 * math.prod(shape[-2:]) + 3 * products) if copies.products else weights
 
 
 def _outside(stack: DecoderLayers) -> list[nn.Module]:

@@ -28,7 +28,7 @@ def test_the_need_is_that_of_the_shapes(dtype, tmp_path):
     assert weights.total == weights.process + FIXED + max(layer + max(3 * 64 * 96, weights.outputs), weights.others)
     products = memory_need(find_decoder_layers(model), batches, Copies(14, products=True))
     assert products.sums == 4 * (3 * 64**2 + 96**2), "q, k and v have one input, gate and up another one"
-    assert products.copies == max(14 * 64 * 96 + 4 * 96**2, 4 * 64 * 96 + 8 * 96**2)
+    assert products.copies == max(14 * 64 * 96 + 4 * 96**2, 4 * 64 * 96 + 12 * 96**2)
     assert all(p.is_meta for p in model.parameters()), "no weights are read"
     products.check(products.total)
     with pytest.raises(
