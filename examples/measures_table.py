@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", default="float32", help="dtype of the weights")
     parser.add_argument("--device", help="device of the model; default: the CPU")
+    parser.add_argument("--metrics", nargs="+", default=["all"], help="as in hf-cod diagnose, layer_drop among them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="measures-table", help="directory of the report and the tables")
     arguments = parser.parse_args()
@@ -92,7 +93,7 @@ def main() -> None:
         "seed": arguments.seed,
     }
     texts = load_texts(TextSettings(text=arguments.text))
-    report = diagnose(model, tokenizer, texts, metrics=["all"], output=output, **options)
+    report = diagnose(model, tokenizer, texts, metrics=arguments.metrics, output=output, **options)
     found = correlations(report, arguments.seed)
     write_json(output / "table.json", {"correlations": found, "layers": report.layers})
     lines = [*report.summary, *report.notes, "", *table(report, found)]

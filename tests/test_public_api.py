@@ -68,7 +68,11 @@ WITHOUT = (
     "import_plan import_scores llama_preset owlore repeat repeat_layers repeated skip split_samples to_gpas "
     "to_layer_scale to_lns"
 )
-OTHER_NAMES = {"quantize": "config", "apply_steps": "how", "collect_statistics": "samples", "perplexity": "samples"}
+OTHER_NAMES = {
+    "quantize": "config",
+    "apply_steps": "how",
+    **dict.fromkeys(("collect_statistics", "measure_swap", "perplexity"), "samples"),
+}
 # Functions that take texts take these; where a function has samples in its own settings, it lacks some of them.
 OWN_SAMPLES = {"diagnose": {"samples"}, "heal": {"samples", "max_samples", "pack", "seed"}}
 SAMPLES = ["samples", *(field.name for field in fields(hf_cod.SampleSettings))]

@@ -210,6 +210,6 @@ def _summary(report: RunReport) -> list[str]:
     return [
         f"The {name} is {format_number(found['intact'])}{donor}; with all of the donor's layers between the model's "
         f"own embeddings and head it is {format_number(found['all'])}.",
-        f"One layer of the donor raises it most in place {worst} (by {format_number(single[worst])}) and least in "
-        f"place {best} (by {format_number(single[best])}).",
+        f"One layer of the donor changes it by {format_number(single[best])} (layer {best}) to "
+        f"{format_number(single[worst])} (layer {worst}).",
     ]

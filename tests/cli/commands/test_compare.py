@@ -28,7 +28,7 @@ def test_layers_of_one_model_in_another(checkpoint, capsys, monkeypatch):
     command = ["compare", "--swap", "model", "other", "--text", "text.txt", *QUICK, "--output", "swapped"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "swap: 12 models take about as long as" in shown and "One layer of the donor raises it most" in shown
+    assert "swap: 12 models take about as long as" in shown and "One layer of the donor changes it by" in shown
     assert all((checkpoint / "swapped" / name).is_file() for name in ("swap.png", "report.md", "report.html"))
     report = RunReport.load("swapped")
     assert report.settings["donor"] == "other" and report.settings["sequence_length"] == 8
