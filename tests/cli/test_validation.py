@@ -13,7 +13,7 @@ from hf_cod.cli.main import COMMANDS, main
 POSITIONAL = {
     "demo": [],
     "env": [],
-    "compare": ["run", "run"],
+    "compare": ["--swap", "model", "model"],
     "report": ["run"],
     "history": ["run"],
     "card": ["run", "card"],

@@ -138,6 +138,8 @@ def small(command, arguments, models, number):
     in_terminal = command == "report" and not given & {"--html", "--space"}
     output = {} if command in BY_PLACE or in_terminal else {"--output": f"output-{number}"}
     for name, value in {**more, "--text": "my.txt", **output}.items():
+        if command == "compare" and "--swap" not in given and name in more | {"--text": ""}:
+            continue  # runs are measured
         if name in options and (name not in given or name in TOGETHER):
             settings[name] = value
     for name, value in settings.items():

@@ -38,6 +38,7 @@ CALLED = sorted(set(hf_cod._HOMES) - RETURNED - OF_MODELS)
 
 # What fits arguments that a call needs.
 RIGHT = {
+    "donor": build("llama"),
     "model": build("llama"),
     "student": nn.Linear(1, 1),
     "teacher": nn.Linear(1, 1),
