@@ -6,6 +6,7 @@ It uses AVX-512 where the processor has it and the blocks fit its steps, else AV
 from __future__ import annotations
 
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from hf_cod.io.native_kernel import load_native
 
 _SOURCES = Path(__file__).with_name("csrc")
 # Up to this number of tokens are multiplied directly from the codes. For more, W is decoded into chunks for torch's
-# product, whose own blocking (and AMX, in bfloat16) pays then; in float32 with AVX-512 only for many more.
-_MOST_TOKENS, _MOST_TOKENS_AVX512_FLOAT32 = 16, 128
+# product, whose own blocking (and AMX, in bfloat16) pays then. In float32 the tiles of AVX-512 are faster for any
+# number (examples/benchmarks/quantization.py, 4096 x 4096).
+_MOST_TOKENS, _MOST_TOKENS_AVX512_BF16 = 16, 32
 _WITHOUT = "bitsandbytes decodes them, which is several times slower for few tokens"
 
 
@@ -50,12 +52,11 @@ class NativeKernel:
 
     def most_tokens(self, codes: Tensor, block: int, dtype: torch.dtype) -> int:
         """Up to this number of tokens `product` is faster than `rows` and torch's product of them."""
-        avx512 = (
-            dtype == torch.float32
-            and "avx512" in self.instructions
-            and self._library.fits_avx512(codes.shape[1], block, len(self._codebook) == 16)
-        )
-        return _MOST_TOKENS_AVX512_FLOAT32 if avx512 else _MOST_TOKENS
+        fits = self._library.fits_avx512(codes.shape[1], block, len(self._codebook) == 16)
+        if dtype == torch.float32 and fits and "avx512" in self.instructions:
+            return sys.maxsize
+        fits = fits and dtype == torch.bfloat16 and "avx512_bf16" in self.instructions
+        return _MOST_TOKENS_AVX512_BF16 if fits else _MOST_TOKENS
 
     def product(
         self,
