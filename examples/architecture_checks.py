@@ -11,21 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from architecture_comparison import ROUNDING, check_reload, outputs_of, require, same, unchanged_if_refused
 from architecture_drop import check_drop
 from architecture_inputs import batches_for
 from architecture_references import (
-    ROUNDING,
     check_counted,
-    check_reload,
     cut_to_ranks,
     generates_alike,
     left_out,
     naive_angles,
-    outputs_of,
-    require,
-    same,
     told_weights,
-    unchanged_if_refused,
     zeroed_as,
 )
 from architecture_training import check_adapter, check_owlore

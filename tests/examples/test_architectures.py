@@ -62,7 +62,7 @@ def test_a_part_of_the_sweep(load, kind):
 @pytest.mark.slow
 def test_the_sweep_finds_nothing_wrong(load, tmp_path):
     sweep = load("architectures")
-    results = sweep.sweep(load("tiny_architectures").kinds(), tmp_path)
+    results = sweep.sweep(load("architecture_kinds").kinds(), tmp_path)
     wrong = {
         (kind, check): entry["why"]
         for kind, found in results.items()
@@ -74,7 +74,7 @@ def test_the_sweep_finds_nothing_wrong(load, tmp_path):
 
 
 def test_the_kinds_are_those_of_transformers(load):
-    found = load("tiny_architectures").kinds()
+    found = load("architecture_kinds").kinds()
     named = {group + kind for group, kinds in NAMED.items() for kind in kinds}
     assert named | {*PART} <= {*found} and len(found) == len({*found}) > 600
 
@@ -168,7 +168,7 @@ def test_each_check_can_fail(load, monkeypatch, sabotage):
 @pytest.mark.process
 def test_a_reload_that_differs_or_fails_is_told(load):
     references, reload, case = (
-        load("architecture_references"),
+        load("architecture_comparison"),
         load("architecture_reload"),
         load("tiny_architectures").Case("llama"),
     )
@@ -228,10 +228,10 @@ def test_images_are_read(load, kind):
     model, called = case.build(), []
     find_decoder_layers(model, "vision")[-1].register_forward_hook(lambda *_: called.append(True))
     (batch, _) = load("architecture_inputs").batches_for(case, model)
-    found = load("architecture_references").outputs(model, batch)
+    found = load("architecture_comparison").outputs(model, batch)
     assert called and found.isfinite().all() and images.form_of(case) is images.form_of(case.without_images)
     (name,) = [name for name in batch if name == "pixel_values"]
-    other = load("architecture_references").outputs(model, {**batch, name: batch[name].roll(1, -1)})
+    other = load("architecture_comparison").outputs(model, {**batch, name: batch[name].roll(1, -1)})
     assert not torch.equal(found, other)
 
 
