@@ -11,23 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from architecture_comparison import ROUNDING, check_reload, outputs_of, require, same, unchanged_if_refused
 from architecture_drop import check_drop
 from architecture_inputs import batches_for
 from architecture_references import (
-    ROUNDING,
     check_counted,
-    check_reload,
     cut_to_ranks,
     generates_alike,
     left_out,
     naive_angles,
-    outputs_of,
-    require,
-    same,
     told_weights,
-    unchanged_if_refused,
     zeroed_as,
 )
+from architecture_scores import check_score
+from architecture_structure import check_drop_experts, check_pack, check_repeat, has_experts
 from architecture_training import check_adapter, check_owlore
 from tiny_architectures import Case
 
@@ -171,14 +168,19 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "narrow": check_narrow,
     "owlore": check_owlore,
     "adapter": check_adapter,
+    "score": check_score,
+    "pack": check_pack,
+    "repeat": check_repeat,
+    "drop-experts": check_drop_experts,
 }
 # Of a stack that is chosen by name: training has no such choice.
 TRAINING = ("owlore", "adapter")
 
 
 def checks_of(case: Case) -> list[str]:
-    """The checks of a kind of model."""
-    return [check for check in CHECKS if case.stack is None or check not in TRAINING]
+    """The checks of a kind of model; removed experts are those of mixtures alone."""
+    left_out = {*(TRAINING if case.stack is not None else ()), *(() if has_experts(case) else ("drop-experts",))}
+    return [check for check in CHECKS if check not in left_out]
 
 
 def _first_of(notes: list[str]) -> str | None:

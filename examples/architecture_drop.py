@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from architecture_images import NoImagesError, form_of
-from architecture_references import (
+from architecture_comparison import (
     Remark,
     WrongResult,
     check_reload,
     distance,
-    generates_alike,
     is_refusal,
     outputs_of,
     same,
     unchanged_if_refused,
 )
+from architecture_images import NoImagesError, form_of
+from architecture_references import generates_alike
 from tiny_architectures import LANGUAGE, Case
 from torch import Tensor
 

@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 import torch
-from architecture_references import WrongResult, loss_of, outputs_of, require, same, unchanged_if_refused
+from architecture_comparison import WrongResult, outputs_of, require, same, unchanged_if_refused
+from architecture_references import loss_of
 from tiny_architectures import Case
 from torch import Tensor
 

@@ -4,7 +4,7 @@
     python examples/architectures.py --types llama encoder/bert --checks drop quantize
     python examples/architectures.py --shard 0/2                                 # every second kind
 
-The kinds are those of `tiny_architectures.py`: causal models, encoder-decoders, encoders, vision models, and models of
+The kinds are those of `architecture_kinds.py`: causal models, encoder-decoders, encoders, vision models, and models of
 vision and language. Each function works, excludes (works, except for what the reason names), is refused (one
 ValueError), or is wrong (a difference, or any other error). An interrupted run resumes. Shards with one output share
 their results: the whole command writes the page of all of them.
@@ -28,12 +28,13 @@ from typing import Any
 import torch
 import transformers
 from architecture_checks import CHECKS, checks_of
+from architecture_comparison import ROUNDING, Remark, WrongResult, distance, is_refusal, outputs
 from architecture_images import NoImagesError
 from architecture_inputs import batches_for
-from architecture_references import ROUNDING, Remark, WrongResult, distance, is_refusal, outputs
+from architecture_kinds import kinds
 from architecture_reload import ReloadError, reloaded_outputs
 from architecture_tables import EXCLUDED, NOT_RUN, REFUSED, RESULTS, WORKS, WRONG, page
-from tiny_architectures import Case, kinds
+from tiny_architectures import Case
 from tqdm import tqdm
 
 import hf_cod

@@ -148,22 +148,7 @@ def markdown(rows: list[dict[str, Any]], intact: float) -> str:
 
 def main() -> None:
     """Computes the table cell by cell, and writes it after each cell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
-    parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
-    parser.add_argument("--bits", type=float, default=3.5, help="stored bits per weight of the mixtures")
-    parser.add_argument("--scores", nargs="+", default=list(SCORES))
-    parser.add_argument("--roundings", nargs="+", default=list(ROUNDINGS), choices=ROUNDINGS)
-    parser.add_argument("--no-mixtures", action="store_true", help="only uniform bits, and peers")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="number of random choices of layers")
-    parser.add_argument("--peers", action="store_true", help="also measure HQQ and optimum-quanto")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
-    parser.add_argument("--calibration-samples", type=int, default=32, help="samples of the first half")
-    parser.add_argument("--report-samples", type=int, default=32, help="samples of the second half")
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    parser.add_argument("--output", default="quantization-table", help="directory for table.md, table.json, journal")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     output = Path(arguments.output)
     cells = ("output", "scores", "roundings", "seeds", "peers", "no_mixtures", "bits")
     settings = {key: value for key, value in vars(arguments).items() if key not in cells}
@@ -206,6 +191,25 @@ def main() -> None:
             )
     for name, exchange in peers().items() if arguments.peers else ():
         fill(name, "nearest", name, lambda e=exchange: bench.measure_peer(e))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
+    parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
+    parser.add_argument("--bits", type=float, default=3.5, help="stored bits per weight of the mixtures")
+    parser.add_argument("--scores", nargs="+", default=list(SCORES))
+    parser.add_argument("--roundings", nargs="+", default=list(ROUNDINGS), choices=ROUNDINGS)
+    parser.add_argument("--no-mixtures", action="store_true", help="only uniform bits, and peers")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="number of random choices of layers")
+    parser.add_argument("--peers", action="store_true", help="also measure HQQ and optimum-quanto")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
+    parser.add_argument("--calibration-samples", type=int, default=32, help="samples of the first half")
+    parser.add_argument("--report-samples", type=int, default=32, help="samples of the second half")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument("--output", default="quantization-table", help="directory for table.md, table.json, journal")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

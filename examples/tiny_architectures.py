@@ -204,7 +204,7 @@ class Case:
     @property
     def auto_class(self) -> Any:
         """The class of transformers that builds and loads the model."""
-        return getattr(transformers, _auto_classes(self.group)[self.type])
+        return getattr(transformers, auto_classes(self.group)[self.type])
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """A random model in float32 and eval mode; always the same one.
@@ -247,29 +247,7 @@ def tiny_config(kind: str) -> Any:
     return Case(kind).config()
 
 
-def kinds() -> list[str]:
-    """Every kind: causal models, encoder-decoders, encoders, vision models, and those of vision and language."""
-    found = [
-        group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))
-    ]
-    towers = {LANGUAGE + kind: SIDES for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"}
-    by_name = {**BY_PATH, **towers}
-    found = [kind for kind in found if kind not in by_name]
-    found += [f"{kind}@{stack}" for kind, stacks in by_name.items() for stack in stacks]
-    readers = [kind for kind in found if kind.startswith(LANGUAGE) and "@" not in kind]
-    return found + [f"{kind}{WITH_IMAGES}{side}" for kind in readers for side in ("", "@vision")]
-
-
-# Kinds without a default stack -> their stacks: towers beside each other, layers that run in turn, and layers whose
-# halves the config counts.
-SIDES = ("text", "vision")
-BY_PATH = {
-    "hrm_text": ("model.L_module.layers", "model.H_module.layers"),
-    "longcat_flash": ("model.layers",),
-}
-
-
-def _auto_classes(group: str) -> dict[str, str]:
+def auto_classes(group: str) -> dict[str, str]:
     """Type -> name of the auto class, of a group."""
     if group == "":
         return dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")
@@ -281,7 +259,7 @@ def _auto_classes(group: str) -> dict[str, str]:
         masked = (kind for kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES if kind not in writers)
         return dict.fromkeys(masked, "AutoModelForMaskedLM")
     if group == VISION:
-        classifiers, readers = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, _auto_classes(LANGUAGE)
+        classifiers, readers = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto_classes(LANGUAGE)
         headless = (kind for kind in auto.MODEL_FOR_IMAGE_MAPPING_NAMES if kind not in readers)
         return dict.fromkeys(headless, "AutoModel") | dict.fromkeys(classifiers, "AutoModelForImageClassification")
     towers = dict.fromkeys(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, "AutoModel")

@@ -48,7 +48,7 @@ class WholeCheckpoint:
         self._notes = mend_generation(model, name)
         self._files: dict[str, str] = {}
         self._unread: dict[str, str] = {}
-        self._shapes = _shapes(model.config)
+        self._shapes, self._promised = _shapes(model.config), promises(model.config)
         for source, options in _sources(name, loading):
             self._files |= find_companions(source, options["revision"], (*WITH_CODE, CONFIG))
             if base_of(source) is None:
@@ -111,10 +111,10 @@ class WholeCheckpoint:
             notes.append(
                 f"{count} weights that transformers does not load do not fit the model and were left out: {told}"
             )
-        promised = promises(model.config)
-        withdrawn = withdraw(model.config)
-        for field, value in promised.items():
-            done = f"was {value} and is now 0" if field in withdrawn else f"is {value} and cannot be 0"
+        withdraw(model.config)
+        left = promises(model.config)
+        for field, value in self._promised.items():
+            done = f"is {value} and cannot be 0" if field in left else f"was {value} and is now 0"
             missing = "left out" if names else "not in the files of the model"
             notes.append(f"{field} {done}: the weights for multi-token prediction are {missing}")
         return notes

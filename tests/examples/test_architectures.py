@@ -20,7 +20,7 @@ PART = {
     "llama": {},
     "mamba": {**_EXCLUDED, "narrow": "refused"},
     "mixtral": {name: result for name, result in _EXCLUDED.items() if name not in ("factorize", "whitened")},
-    "seq2seq/t5": {**_EXCLUDED, "narrow": "refused"},
+    "seq2seq/t5": {**_EXCLUDED, "narrow": "refused", "repeat": "excluded"},
     "encoder/bert": {},
     "vision/vit": {},
     "vision-language/clip@vision": {},
@@ -62,7 +62,7 @@ def test_a_part_of_the_sweep(load, kind):
 @pytest.mark.slow
 def test_the_sweep_finds_nothing_wrong(load, tmp_path):
     sweep = load("architectures")
-    results = sweep.sweep(load("tiny_architectures").kinds(), tmp_path)
+    results = sweep.sweep(load("architecture_kinds").kinds(), tmp_path)
     wrong = {
         (kind, check): entry["why"]
         for kind, found in results.items()
@@ -74,7 +74,7 @@ def test_the_sweep_finds_nothing_wrong(load, tmp_path):
 
 
 def test_the_kinds_are_those_of_transformers(load):
-    found = load("tiny_architectures").kinds()
+    found = load("architecture_kinds").kinds()
     named = {group + kind for group, kinds in NAMED.items() for kind in kinds}
     assert named | {*PART} <= {*found} and len(found) == len({*found}) > 600
 
@@ -117,6 +117,27 @@ def _with(function, **changed):
     return lambda *args, **options: function(*args, **{**options, **changed})
 
 
+def _scaling(function, factor=1.1):
+    """`score_layers` with other scores."""
+
+    def scaled(*args, **options):
+        scores = function(*args, **options)
+        return dataclasses.replace(scores, values=[factor * value for value in scores.values])
+
+    return scaled
+
+
+def _other_experts(function):
+    """`drop_experts`, which removes others than those that are named."""
+
+    def other(model, plan, **options):
+        if not isinstance(plan, float):
+            plan = {name: [(expert + 1) % 4 for expert in experts] for name, experts in plan.items()}
+        return function(model, plan, **options)
+
+    return other
+
+
 SABOTAGES = {
     "angles": ("diagnose", "diagnose", partial(_reported, part="layers", angular_distance=[0.3] * 4), "angle of layer"),
     "diagnosis moves a weight": ("diagnose", "diagnose", _moved, "has changed"),
@@ -143,6 +164,12 @@ SABOTAGES = {
     ),
     "lost energy": ("compensated", "quantize", partial(_reported, part="layers", error=[float("nan")] * 4), "are lost"),
     "whitened factors": ("whitened", "factorize", _moved, "the model of this rank"),
+    "scores": ("score", "score_layers", lambda f: _scaling(f), "weight_norm of layer 0|angular of layer 0"),
+    "equal scores": ("score", "score_layers", lambda f: _scaling(f, 0), "owl is equal in all layers"),
+    "packed": ("pack", "pack_sparse", lambda f: lambda m: _moved(id)(m) and f(m), "the packed model differs"),
+    "nothing packed": ("pack", "pack_sparse", lambda f: lambda model: model, "no matrix is packed"),
+    "another layer twice": ("repeat", "repeat", lambda f: lambda m, a, b, **o: f(m, a + 1, b + 1, **o), "the repeated"),
+    "other experts": ("drop-experts", "drop_experts", lambda f: _other_experts(f), "the model without the experts"),
     "a refusal after a change": ("prune", "prune", lambda f: _refusing(f), "has changed after the refusal"),
     "one adapter": (
         "adapter",
@@ -158,9 +185,14 @@ SABOTAGES = {
 def test_each_check_can_fail(load, monkeypatch, sabotage):
     check, name, change, message = SABOTAGES[sabotage]
     place = {"drop": "architecture_drop", "owlore": "architecture_training", "adapter": "architecture_training"}
+    place |= {"score": "architecture_scores"} | dict.fromkeys(
+        ["pack", "repeat", "drop-experts"], "architecture_structure"
+    )
     checks = load(place.get(check, "architecture_checks"))
     monkeypatch.setattr(checks, name, change(getattr(checks, name)))
-    found = load("architectures").tried(load("tiny_architectures").Case("llama"), check)
+    found = load("architectures").tried(
+        load("tiny_architectures").Case("mixtral" if check == "drop-experts" else "llama"), check
+    )
     assert found["result"] == "wrong"
     assert re.search(message, found["why"])
 
@@ -168,7 +200,7 @@ def test_each_check_can_fail(load, monkeypatch, sabotage):
 @pytest.mark.process
 def test_a_reload_that_differs_or_fails_is_told(load):
     references, reload, case = (
-        load("architecture_references"),
+        load("architecture_comparison"),
         load("architecture_reload"),
         load("tiny_architectures").Case("llama"),
     )
@@ -192,12 +224,14 @@ def test_the_page_counts_and_groups(load):
         "gpt2": built | {"drop": other},
         "mixtral": {"built": {"why": None, "experts": True}, "drop": {"result": "works", "why": ""}},
         "encoder/bert": {"built": {"why": "ImportError: no timm", "experts": False}},
+        "vision/vit": built | {"drop": {"result": "works", "why": ""}},
     }
     text = page(results, {"transformers": "5.24"})
     assert "3 of 3 kinds are built; 1 of them has banks of experts" in text
-    assert "| drop | 1 | 0 | 2 | 0 | 0 | 33.3% | 0.0% |" in text
+    assert "| drop | 1 | 0 | 2 | 0 | 0 | 33.3% | 0.0% | 95% | 82.9% |" in text
     assert "got 0 | drop | `llama`, `gpt2` |" in text and "| ImportError: no timm | `encoder/bert` |" in text
-    assert "transformers 5.24" in text
+    assert "transformers 5.24" in text and "| whitened | 0 | 0 | 0 | 0 | 0 | - | - | 97% | - |" in text
+    assert "are for causal models" in text and "| drop | 1 | 0 | 0 | 0 | 0 | 100.0% | 100.0% |\n" in text
 
 
 def test_layers_that_are_refused_are_named(load, monkeypatch):
@@ -228,10 +262,10 @@ def test_images_are_read(load, kind):
     model, called = case.build(), []
     find_decoder_layers(model, "vision")[-1].register_forward_hook(lambda *_: called.append(True))
     (batch, _) = load("architecture_inputs").batches_for(case, model)
-    found = load("architecture_references").outputs(model, batch)
+    found = load("architecture_comparison").outputs(model, batch)
     assert called and found.isfinite().all() and images.form_of(case) is images.form_of(case.without_images)
     (name,) = [name for name in batch if name == "pixel_values"]
-    other = load("architecture_references").outputs(model, {**batch, name: batch[name].roll(1, -1)})
+    other = load("architecture_comparison").outputs(model, {**batch, name: batch[name].roll(1, -1)})
     assert not torch.equal(found, other)
 
 

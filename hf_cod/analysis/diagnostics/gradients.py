@@ -14,6 +14,7 @@ from hf_cod.analysis.diagnostics.forward_pass import ForwardRecorder
 from hf_cod.analysis.evaluation.likelihood import negative_log_likelihood
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored
@@ -43,7 +44,7 @@ def measure_gradient_norm(
 
     Raises:
         ValueError: a model without a head or batches without labels (no loss), weights that are offloaded or quantized,
-            gradients that are not finite.
+            gradients that are not finite or not recorded (Reformer).
     """
     stack = find_decoder_layers(model, layers_path)
     norms = list(gradient_norms(stack, batches, "gradient_norm", show_progress))
@@ -81,7 +82,9 @@ def gradient_norms(
                 continue  # for example, a sample of one token has no prediction
             measured = True
             with torch.enable_grad():
-                mean_loss(stack.model, batch, task).backward()
+                loss = mean_loss(stack.model, batch, task)
+                check_recorded(stack, loss, field)
+                loss.backward()
             norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
             if not norms.isfinite().all():
                 _check_activations(stack, batch, number)
@@ -92,6 +95,19 @@ def gradient_norms(
             yield norms
     if not measured:
         raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
+
+
+def check_recorded(stack: DecoderLayers, loss: Tensor, field: str) -> None:
+    """Checks that a loss has gradients; that of a reversible model (Reformer) has none where only its layers need them.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{field}: expected layers whose gradients are recorded, got those of {name_of(stack)}, which runs them "
+            "without recording"
+        )
 
 
 def _check_activations(stack: DecoderLayers, batch: Batch, number: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.analysis.diagnostics.gradients import count_predictions, mean_loss, why_no_gradients
+from hf_cod.analysis.diagnostics.gradients import check_recorded, count_predictions, mean_loss, why_no_gradients
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -46,7 +46,7 @@ def measure_loss_weights(
 
     Raises:
         ValueError: no loss, weights that are quantized or offloaded, or gradients that are not finite, or a layer
-            that runs several times in one forward pass.
+            that runs several times in one forward pass, or a model that does not record the gradients of its layers.
     """
     task = task_of(stack.model, batches)
     reason = why_no_gradients(stack, task)
@@ -66,6 +66,7 @@ def measure_loss_weights(
                     loss = mean_loss(stack.model, batch, task) * number
                     if not sums.ran:
                         raise ValueError(stack.not_run(f"others as batch {place}"))
+                    check_recorded(stack, loss, "batches")
                     loss.backward()
     if not predictions:
         raise ValueError("batches: expected at least one token to predict, got none; give longer samples")

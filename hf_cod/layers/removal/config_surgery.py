@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_cod.io.display import one_line
+from hf_cod.io.unread_weights import promises, withdraw
 from hf_cod.layers.stacks import COUNT_FIELDS, DECODER, DECODER_COUNT_FIELDS, ENCODER_COUNT_FIELDS, counts
 
 # Config fields that list the layers of one kind by index.
@@ -127,6 +128,16 @@ def mend_config(config: Any, depth: int, kept: list[int], changes: Changes, side
         changes.set(config, "attention_types", [[[kind], 1] for kind in config.attention_layers])
     if side is not None:
         _mend_cache_depth(config, changes)
+    _withdraw_promises(config, changes)
+
+
+def _withdraw_promises(config: Any, changes: Changes) -> None:
+    """Sets the numbers of layers for multi-token prediction to 0: they are in the files only, numbered after the
+    model's own layers, and `save_pretrained` does not write them.
+    """
+    text, before = config.get_text_config(), promises(config)
+    for name in withdraw(config):
+        changes.call(partial(setattr, text, name, before[name]))
 
 
 def _counting_fields(config: Any, depth: int, side: str | None) -> list[str]:

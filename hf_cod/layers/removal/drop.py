@@ -50,7 +50,7 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     a function depends on the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index, in
     memory and after a reload. The norm placements of this package keep each layer's old depth. Tables outside
     of the layers that have a block for each (Gemma 3n, 4) are cut. Layers for multi-token prediction are in the files
-    only, not in the model: `num_nextn_predict_layers` stays as it is (`hf-cod drop-layers` sets it to 0, with a note).
+    only, not in the model: fields that promise them, such as `num_nextn_predict_layers`, are set to 0.
 
     Returns:
         The old indices of the kept layers, in order.

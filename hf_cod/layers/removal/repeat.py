@@ -59,7 +59,8 @@ def repeat(model: nn.Module, start: int, end: int, times: int = 2, layers_path: 
 
     The result is a stock model with (times - 1) (end - start) more layers. generate, save_pretrained and
     from_pretrained work on it, and each repetition has its own place in the KV cache. The config is adapted as by
-    `drop`: layer indices, `num_hidden_layers`, `layer_types` and all other per-layer lists. If a function depends on
+    `drop`: layer indices, `num_hidden_layers`, `layer_types`, all other per-layer lists and layers for multi-token
+    prediction. If a function depends on
     the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index. The norm placements of this
     package keep each layer's old depth. Where only the first layer computes something for all (T5's position biases),
     its copies take it from there. `drop` of the copies restores the model. The copies have weights of their own;

@@ -121,6 +121,15 @@ def test_models_without_a_loss():
         measure_loss_weights(find_decoder_layers(model), [batch_for(model)])
 
 
+@pytest.mark.parametrize("method", ["fisher", "gradient_norm"])
+def test_layers_whose_gradients_are_not_recorded_are_refused(method):
+    """Reformer's layers are reversible: its own backward pass runs only if their input requires a gradient."""
+    model = build_type("reformer")
+    with pytest.raises(ValueError, match=r"^\w+: expected layers whose gradients are recorded, got those of Reformer"):
+        score_layers(model, method=method, batches=[batch_for(model)])
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_it_tells_what_errors_cost(smollm2, brown_text):
     """Noise of 4 % of the energy in one matrix at a time; with either sign, because the linear term is left out. Not of
     keys: what is added to all of them alike changes no softmax.

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import LayerScores, OwlBnbConfig, collect_statistics, find_decoder_layers, quantize
 from hf_cod.compression.quantization.bnb import Linear4bit
 from hf_cod.compression.quantization.experts import QuantizedExperts
@@ -64,6 +65,7 @@ def test_quantize_save_and_load_again(family, tmp_path):
     layers = stored(model)
     assert layers.keys() == model.config.quantization_config.modules.keys()
     assert {m.bits for m in layers.values()} == {3, 4}
+    assert all(m.config._is_quantized for m in model.modules() if isinstance(m, PreTrainedModel))
     expected = outputs(model)
     model.save_pretrained(tmp_path / "one")
     loaded = auto_of(family).from_pretrained(tmp_path / "one")
@@ -80,6 +82,32 @@ def test_quantize_save_and_load_again(family, tmp_path):
     again = auto_of(family).from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(outputs(again), outputs(dense), atol=1e-5, rtol=1e-5)
     assert not hasattr(again.config, "quantization_config")
+
+
+@pytest.mark.parametrize("kind", ["falcon_mamba", "jamba"])
+def test_a_model_that_looks_for_the_mark_finds_it_as_after_a_reload(kind, tmp_path):
+    """These call `dt_proj` only if their config has the mark, and else multiply by its weight."""
+    model = build_type(kind)
+    calls = calls_of_dt_proj(model)
+    assert outputs(model).isfinite().all() and not calls
+    quantize(model, bits=4)
+    assert model.config._is_quantized
+    expected = outputs(model)
+    assert calls
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._is_quantized
+    again = calls_of_dt_proj(loaded)
+    assert torch.equal(outputs(loaded), expected) and len(again) == len(calls)
+
+
+def calls_of_dt_proj(model):
+    """A list that gets an entry for each call."""
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith("dt_proj"):
+            module.register_forward_hook(lambda *_: calls.append(True))
+    return calls
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "bert", "vit"])

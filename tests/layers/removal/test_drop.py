@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, quantize, skip
+from hf_cod.layers.removal import config_surgery
 from hf_cod.layers.removal.drop import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.fresh_processes import run_fresh
@@ -134,6 +136,76 @@ def test_drop_renumbers_lists_of_indices_and_leading_counts():
     deepseek = build("deepseek_v3")  # layers 0 and 1 are dense
     drop(deepseek, [1])
     assert deepseek.config.first_k_dense_replace == 1
+
+
+def test_drop_keeps_the_flags_of_layers_without_rotation(tmp_path):
+    """SmolLM3 and Llama 4 list a flag for each layer, and are built by it."""
+    for kind in ("smollm3", "llama4_text"):
+        model = build_type(kind)
+        assert model.config.no_rope_layers == [1, 1, 1, 0]
+        dropped(model, [0, 2], tmp_path / kind)
+        assert model.config.no_rope_layers == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "before", "after"),
+    [
+        ("llama4_text", "moe_layers", [1, 3], [0, 2]),
+        ("bamba", "attn_layer_indices", [1, 3], [0, 2]),
+    ],
+)
+def test_drop_renumbers_layers_that_are_listed_by_index(kind, field, before, after, tmp_path):
+    """Without layer 0, each is one place earlier; of a removed layer none is left."""
+    config = tiny_config(kind)
+    setattr(config, field, before)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    dropped(model, 0, tmp_path / "first")
+    assert getattr(model.config, field) == after
+    drop(model, after[1])
+    assert getattr(model.config, field) == [after[0]]
+
+
+def test_a_list_of_indices_that_nobody_knows_is_refused(tmp_path, monkeypatch):
+    """What the built model says: without the field's name in the vocabulary, its layers are of other kinds."""
+    monkeypatch.setattr(config_surgery, "INDEX_LIST_FIELDS", ())
+    for kind, field in (("llama4_text", "moe_layers"), ("bamba", "attn_layer_indices")):
+        config = tiny_config(kind)
+        setattr(config, field, [1, 3])
+        model = AutoModelForCausalLM.from_config(config).eval()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"^layers: expected kept layers that the config of .* can describe"):
+            drop(model, 0)
+        assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("removed", "pattern"), [(0, "E*-"), ([1, 3], "M*")])
+def test_drop_cuts_a_pattern_of_letters(removed, pattern, tmp_path):
+    """Nemotron-H's config is read as a pattern, and kept as a list by layer."""
+    config = tiny_config("nemotron_h")
+    made = type(config)(**{**_own(config, "layers_block_type", "layer_types"), "hybrid_override_pattern": "ME*-"})
+    assert made.num_hidden_layers == 4
+    model = dropped(AutoModelForCausalLM.from_config(made).eval(), removed, tmp_path)
+    assert model.config.hybrid_override_pattern == pattern
+    assert type(config).from_pretrained(tmp_path).hybrid_override_pattern == pattern
+
+
+def _own(config, *without):
+    """The entries of a config, without some of them."""
+    return {name: value for name, value in config.to_dict().items() if name not in without}
+
+
+def test_layers_that_predict_further_tokens_are_promised_no_more(tmp_path):
+    """They are in the files only; skip puts the number back, and so does a refusal."""
+    model = build("deepseek_v3", num_nextn_predict_layers=1)
+    with skip(model, 0):
+        assert model.config.num_nextn_predict_layers == 0
+    assert model.config.num_nextn_predict_layers == 1
+    with pytest.raises(ValueError, match="at least one"):
+        drop(model, range(4))
+    assert model.config.num_nextn_predict_layers == 1
+    dropped(model, 3, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["num_hidden_layers"], stored["num_nextn_predict_layers"]) == (3, 0)
 
 
 def test_drop_refuses_what_the_config_cannot_say():
