@@ -72,7 +72,7 @@ def _copies(stack: DecoderLayers, wanted: list[int]) -> dict[int, LayerCopy | No
     try:
         seen = _inputs_of(stack, wanted)
     except Exception as error:  # whatever a model raises on inputs that it does not take
-        reason = NotRunError(f"the model cannot be run on a random input ({_told(error)})")
+        reason = NotRunError(f"the model cannot be run on a random input ({quoted(error)})")
         return dict.fromkeys(wanted, reason)
     found: dict[int, LayerCopy | NotRunError] = {}
     for index in wanted:
@@ -83,12 +83,8 @@ def _copies(stack: DecoderLayers, wanted: list[int]) -> dict[int, LayerCopy | No
         except KeyError:
             found[index] = NotRunError("the model does not run the layer on a random input")
         except Exception as error:  # as above
-            found[index] = NotRunError(f"the layer cannot be run on a random input ({_told(error)})")
+            found[index] = NotRunError(f"the layer cannot be run on a random input ({quoted(error)})")
     return found
-
-
-def _told(error: Exception) -> str:
-    return quoted(error)
 
 
 class _Seen(Exception):
