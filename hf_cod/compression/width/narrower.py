@@ -146,7 +146,7 @@ def narrow(
     check_unwritten(stack.model, batches)
     check_independent(stack, "narrow", batches)
     choice = choose_modules(stack, how)
-    units = without_excluded(find_all_units(stack), choice)
+    units = without_excluded(find_all_units(stack, batches), choice)
     chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
     described = WidthReporter(stack, units, name, [*choice.notes("narrowed"), *other_stacks(stack, "narrowed")])
