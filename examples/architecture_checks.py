@@ -140,16 +140,15 @@ def check_narrow(case: Case) -> str | None:
     """Fewer heads and channels = zeroed ones; a reload is equal; generation with a cache = without."""
     model = case.build()
     size = sum(p.numel() for p in model.parameters())
+    batches = batches_for(case, model)
     with unchanged_if_refused(model):
-        narrow(model, 0.85, "magnitude", "none", channel_multiple=8, layers_path=case.stack)
+        narrow(model, 0.85, "magnitude", "none", batches=batches, channel_multiple=8, layers_path=case.stack)
     require(sum(p.numel() for p in model.parameters()) < size, "no weight was removed")
     zeroed = outputs_of(case, zeroed_as(model, case.build()))
     same(outputs_of(case, model), zeroed, "the model with zeros", ROUNDING)
     model = case.build()
     with unchanged_if_refused(model):
-        report = narrow(
-            model, 0.85, "fluctuation", batches=batches_for(case, model), channel_multiple=8, layers_path=case.stack
-        )
+        report = narrow(model, 0.85, "fluctuation", batches=batches, channel_multiple=8, layers_path=case.stack)
     check_reload(case, model)
     generates_alike(case, model)
     return _first_of(left_out(report.notes, "narrowed"))

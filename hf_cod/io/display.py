@@ -44,8 +44,8 @@ def shell_word(word: str) -> str:
     r"""A word of a shell command, quoted; with control characters, as bash and zsh read them ($'\x1b', $'\u202e')."""
     if not _HARMFUL.search(word):
         return shlex.quote(word)
-    quoted = word.replace("\\", "\\\\").replace("'", "\\'")
-    return f"$'{_HARMFUL.sub(_in_shell, quoted)}'"
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{_HARMFUL.sub(_in_shell, escaped)}'"
 
 
 def _in_shell(found: re.Match[str]) -> str:

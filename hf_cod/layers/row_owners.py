@@ -46,9 +46,14 @@ def _active(X: Tensor, sources: list[Tensor], seed: Tensor) -> list[Tensor]:
 
 def mixes_tokens(X: Tensor, outputs: list[Tensor]) -> bool:
     """Whether the input of a matrix at odd tokens depends on even ones."""
-    if X.dim() < 3 or not outputs:
+    if X.dim() < 2 or not outputs:
         return False
     seed = torch.zeros_like(X)
-    seed[:, 1::2] = 1
+    _of_tokens(seed)[1::2] = 1
     gradients = torch.autograd.grad(X, outputs, seed, retain_graph=True, allow_unused=True)
-    return any(g is not None and g.dim() > 2 and bool(g[:, ::2].ne(0).any()) for g in gradients)
+    return any(g is not None and g.dim() > 1 and bool(_of_tokens(g)[::2].ne(0).any()) for g in gradients)
+
+
+def _of_tokens(x: Tensor) -> Tensor:
+    """A view that begins with the tokens: samples come first, but not of packed images (tokens, d)."""
+    return x if x.dim() == 2 else x.transpose(0, 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from hf_cod.io.display import quoted
 from hf_cod.layers.expert_units import ALIGNED, ExpertUnits, kept_of_experts, set_sizes, zero_experts
 from hf_cod.layers.layer_copies import LayerCopy
 from hf_cod.layers.orientation import is_linear, turned
-from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, Units, kept_rows, tensors_of_units
+from hf_cod.layers.running import tensors_of
+from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, Units, kept_rows, set_parameter, tensors_of_units
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
 # Relative to the largest change by zeroed units; both are computed in float32, in other orders.
@@ -49,8 +51,10 @@ def first_that_fits(taken: LayerCopy, options: Sequence[Units]) -> Units | str:
                 tried = replace(units, numbers=numbers)
                 told = next(filter(None, (_wrong(taken, tried, kept, z, intact) for kept, z in zeroed)), None)
                 if told is None:
-                    return tried
+                    return _handed_on(taken, tried) or tried
                 reason = reason or told
+            if units.kind == HEADS and (found := _entries_of_heads(taken, units, zeroed, intact)):
+                return found
     return reason
 
 
@@ -71,6 +75,65 @@ def _wrong(taken: LayerCopy, units: Units, kept: Tensor, zeroed: Tensor, intact:
     if difference > TOLERANCE:
         return f"with fewer {units.kind} its outputs differ by {difference:.1g} from those with zeroed {units.kind}"
     return None
+
+
+def _handed_on(taken: LayerCopy, units: Units) -> str | None:
+    """Why units cannot be removed although the hidden state is right: later layers are given their entries."""
+    if not taken.handed:
+        return None
+    kept = _choices_of_units(units)[0]
+    before, made = dict(tensors_of(taken.again().output())), taken.again()
+    set_sizes(made.layer, units, len(kept), _fewer(made.layer, units, kept))
+    after = dict(tensors_of(made.output()))
+    if all(before[place].shape == after[place].shape for place in taken.handed if place in before):
+        return None
+    return f"later layers are given a tensor with entries of its {units.kind}"
+
+
+def _entries_of_heads(taken: LayerCopy, units: Units, zeroed: Sequence[tuple[Tensor, Tensor]], intact: Tensor) -> str:
+    """What beside the matrices has entries of heads, without which fewer heads equal zeroed ones; empty if nothing."""
+    for numbers in _choices(taken.layer, units):
+        tried = replace(units, numbers=numbers)
+        for reason, fewer in _with_fewer_entries(taken, units):
+            if not any(_wrong(fewer(kept), tried, kept, expected, intact) for kept, expected in zeroed):
+                return reason
+    return ""
+
+
+def _with_fewer_entries(taken: LayerCopy, units: Units) -> Iterator[tuple[str, Callable[[Tensor], LayerCopy]]]:
+    """A reason, and kept units -> the copy without the entries of the others on an axis of a tensor; for each axis."""
+    total = units.count * units.heads
+    arguments: dict[int | str, Any] = dict([*enumerate(taken.args), *taken.kwargs.items()])
+
+    def rows(kept: Tensor, size: int) -> Tensor:
+        heads = (kept[:, None] * units.heads + torch.arange(units.heads)).flatten()
+        return (torch.arange(0, size, total)[:, None] + heads).flatten()  # samples and heads may be one axis
+
+    def argument(kept: Tensor, key: int | str, dim: int) -> LayerCopy:
+        given = {**arguments}
+        given[key] = given[key].index_select(dim, rows(kept, given[key].shape[dim]).to(given[key].device))
+        args = tuple(given[index] for index in range(len(taken.args)))
+        return replace(taken, args=args, kwargs={name: given[name] for name in taken.kwargs})
+
+    def table(kept: Tensor, name: str, dim: int) -> LayerCopy:
+        made, (module, _, key) = taken.again(), name.rpartition(".")
+        values = made.layer.get_parameter(name)
+        fewer = values.detach().index_select(dim, rows(kept, total).to(values.device))
+        set_parameter(made.layer.get_submodule(module), key, fewer, values)
+        return made
+
+    for key, value in [*arguments.items()][1 if taken.args else 0 :]:
+        if isinstance(value, Tensor) and key != "hidden_states":
+            for dim, size in enumerate(value.shape):
+                if size == total or (dim == 0 and size and size % total == 0):
+                    yield (
+                        "the model gives it a tensor with one entry for each head",
+                        partial(argument, key=key, dim=dim),
+                    )
+    for name, values in taken.layer.named_parameters():
+        if values.dim() > 1 and not is_linear(taken.layer.get_submodule(name.rpartition(".")[0])):
+            for dim in (dim for dim, size in enumerate(values.shape) if size == total):
+                yield "it has a table with one entry for each head", partial(table, name=name, dim=dim)
 
 
 def _choices_of_units(units: Units) -> list[Tensor]:

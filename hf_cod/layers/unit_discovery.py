@@ -12,19 +12,18 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.io.display import quoted
+from hf_cod.io.text import Batch
 from hf_cod.layers.expert_units import ExpertUnits, expert_units, other_sets, sizes_of
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
-from hf_cod.layers.modules import is_norm
-from hf_cod.layers.orientation import is_linear, multiplies, shape_of
+from hf_cod.layers.matrix_calls import MatrixCall, recorded_calls
+from hf_cod.layers.orientation import is_linear, shape_of
 from hf_cod.layers.row_owners import mixes_tokens, owners_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.unit_checks import first_that_fits
@@ -38,20 +37,26 @@ _HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "d_
 
 def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
     """The heads and channels of a layer that can be removed."""
-    return _found(stack, [index])[index]
+    return _found(stack, [index], None)[index]
 
 
-def find_all_units(stack: DecoderLayers) -> list[LayerUnits]:
-    """The heads and channels of each layer that can be removed. Layers of one structure are measured once."""
-    found = _found(stack, range(len(stack)))
+def find_all_units(stack: DecoderLayers, batches: Sequence[Batch] | None = None) -> list[LayerUnits]:
+    """The heads and channels of each layer that can be removed. Layers of one structure are measured once.
+
+    Args:
+        stack: the layers.
+        batches: inputs, of which the first is used for layers that do not run on text, such as those of a vision tower;
+            default: an image of the size that the config has, if the form of images is known.
+    """
+    found = _found(stack, range(len(stack)), batches[0] if batches else None)
     return [found[index] for index in range(len(stack))]
 
 
-def _found(stack: DecoderLayers, indices: Any) -> dict[int, LayerUnits]:
+def _found(stack: DecoderLayers, indices: Any, batch: Batch | None) -> dict[int, LayerUnits]:
     structures: dict[Any, list[int]] = {}
     for index in indices:
         structures.setdefault(_structure(stack[index]), []).append(index)
-    copies = copy_layers(stack, [alike[0] for alike in structures.values()])
+    copies = copy_layers(stack, [alike[0] for alike in structures.values()], batch)
     found = {}
     for alike in structures.values():
         has_experts = bool(stack.expert_sets(alike[0]))
@@ -172,16 +177,6 @@ def _replaced(taken: LayerCopy, units: Units) -> str | None:
     return None if lost is None else f"the model replaces {lost} while it runs"
 
 
-@dataclass
-class _Call:
-    """A matrix in a forward pass."""
-
-    name: str
-    module: Any
-    input: Tensor
-    output: Tensor
-
-
 def _candidates(taken: LayerCopy, plain_norms: bool) -> list[list[Units]]:
     """For each writer the units that the gradients show, the smallest first; the writers with most weights first.
 
@@ -191,7 +186,7 @@ def _candidates(taken: LayerCopy, plain_norms: bool) -> list[list[Units]]:
             input, as if the mean were a constant.
     """
     taken = taken.again()  # a layer may keep a state of its run
-    with _recorded(taken.layer, plain_norms) as calls:
+    with recorded_calls(taken.layer, plain_norms) as calls:
         taken.run()
     vectors = {
         f"{name}.{key}".lstrip("."): p
@@ -201,7 +196,7 @@ def _candidates(taken: LayerCopy, plain_norms: bool) -> list[list[Units]]:
         if p.dim() == 1 and p.numel() > 1
     }
     found: list[list[Units]] = []
-    pending: list[_Call] = []
+    pending: list[MatrixCall] = []
     for call in calls:
         to_stream = shape_of(call.module)[0] == taken.width  # latent projections write to other matrices
         options = _units_of(taken, call, pending, vectors) if to_stream else []
@@ -213,44 +208,9 @@ def _candidates(taken: LayerCopy, plain_norms: bool) -> list[list[Units]]:
     return sorted(found, key=lambda options: -options[0].weights * options[0].count)
 
 
-@contextmanager
-def _recorded(layer: nn.Module, plain_norms: bool) -> Iterator[list[_Call]]:
-    """Appends each call of a Linear or Conv1D to the list, with tensors whose gradients can be asked for."""
-    calls: list[_Call] = []
-
-    def record(name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-            if not multiplies(module, args, output):
-                return None
-            kept = output * 1
-            calls.append(_Call(name, module, args[0], kept))
-            return kept * 1  # the model may change it in place
-
-        return hook
-
-    def multiply(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        weight = getattr(module, "weight", None)
-        over_all = any(
-            shape_of(call.module)[0] == len(weight) == args[0].shape[-1] for call in calls if weight is not None
-        )
-        return args[0] * weight if over_all else None
-
-    # Matrices in a list are experts, or one of several attentions.
-    lists = [name for name, module in layer.named_modules() if isinstance(module, (nn.ModuleList, nn.ModuleDict))]
-    handles = []
-    for name, module in layer.named_modules():
-        if is_linear(module) and not any(name.startswith(f"{each}.") for each in lists):
-            handles.append(module.register_forward_hook(record(name)))
-        elif plain_norms and is_norm(module):
-            handles.append(module.register_forward_hook(multiply))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: dict[str, nn.Parameter]) -> list[Units]:
+def _units_of(
+    taken: LayerCopy, writer: MatrixCall, pending: list[MatrixCall], vectors: dict[str, nn.Parameter]
+) -> list[Units]:
     """The units of the columns of a matrix, for each width of units with which each row has one unit or all."""
     if not writer.input.requires_grad or not pending or any(call.module is writer.module for call in pending):
         return []

@@ -20,7 +20,7 @@ PART = {
     "llama": {},
     "mamba": {**_EXCLUDED, "narrow": "refused"},
     "mixtral": {name: result for name, result in _EXCLUDED.items() if name not in ("factorize", "whitened")},
-    "seq2seq/t5": {**_EXCLUDED, "narrow": "refused", "repeat": "excluded"},
+    "seq2seq/t5": {**_EXCLUDED, "narrow": "excluded", "repeat": "excluded"},
     "encoder/bert": {},
     "vision/vit": {},
     "vision-language/clip@vision": {},

@@ -155,12 +155,58 @@ def test_heads_that_differ_by_their_number_are_excluded(with_attention):
     assert note.startswith("layers 0 to 3: attention is not narrowed: with fewer heads its outputs differ by ")
 
 
-def test_positions_by_head_are_excluded_with_the_reason(examples):
-    report = narrow(examples("tiny_architectures").build("bloom"), 0.8, "magnitude", "none", channel_multiple=8)
-    assert report.notes[0].startswith(
-        "layers 0 to 3: attention is not narrowed: it fails with fewer heads (RuntimeError"
-    )
+def alibi_falcon():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, alibi=True)).eval()
+
+
+GIVEN, TABLE = (
+    "the model gives it a tensor with one entry for each head",
+    "it has a table with one entry for each head",
+)
+
+
+@pytest.mark.parametrize(
+    "kind, reasons",
+    [
+        ("bloom", {"layers 0 to 3": GIVEN}),  # samples and heads on one axis
+        ("mpt", {"layers 0 to 3": GIVEN}),
+        ("alibi_falcon", {"layers 0 to 3": GIVEN}),
+        ("seq2seq/t5", {"layer 0": TABLE, "layers 1 to 3": GIVEN}),  # the table's entries are handed on
+    ],
+)
+def test_positions_by_head_are_excluded_with_the_reason(kind, reasons, examples):
+    model = alibi_falcon() if kind == "alibi_falcon" else examples("tiny_architectures").build(kind)
+    report = narrow(model, 0.8, "magnitude", "none", channel_multiple=8)
+    found = [note for note in report.notes if "attention" in note]
+    assert found == [f"{layers}: attention is not narrowed: {reason}" for layers, reason in reasons.items()]
     assert all(kept < 128 for kept in report.results["channels"])
+
+
+@pytest.mark.parametrize("kind", ["umt5", "t5"])
+def test_different_parts_of_a_layer_in_a_list(kind, examples):
+    """Only UMT5 has heads that no position bias counts: those of its cross-attention."""
+    case = examples("tiny_architectures").Case(f"seq2seq/{kind}")
+    layers = find_all_units(find_decoder_layers(case.build()))
+    assert all(layer["channels"] and (layer["heads"] is not None) == (kind == "umt5") for layer in layers)
+    told = examples("architecture_checks").check_narrow(case)
+    assert told is None if kind == "umt5" else TABLE in told
+
+
+@pytest.mark.parametrize("kind, needs_batches", [("qwen3_vl", False), ("gemma4", True)])
+def test_towers_that_do_not_run_on_text(kind, needs_batches, examples):
+    """They have no samples in their hidden states, or take images in a form of their own."""
+    case = examples("tiny_architectures").Case(f"vision-language/{kind}+images@vision")
+    if needs_batches:
+        with pytest.raises(ValueError, match="no input is known on which it runs: pass batches, with images"):
+            narrow(case.build(), 0.85, "magnitude", "none", channel_multiple=8, layers_path=case.stack)
+    batches = examples("architecture_inputs").batches_for(case, case.build()) if needs_batches else None
+    for layer in find_all_units(find_decoder_layers(case.build(), case.stack), batches):
+        assert [units.kind for units in layer.found] == ["heads", "channels"] and layer["heads"].count > 1
+    assert examples("architecture_checks").check_narrow(case) is None
 
 
 def test_numbers_that_a_module_reads_from_its_config(examples, tmp_path):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.width.settings import NarrowSettings
-from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
+from hf_cod.io.module_names import ModuleSettings, Names, check_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.units import LayerUnits
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
 
@@ -88,24 +89,41 @@ def main(arguments: Sequence[str]) -> int:
     return compress(Narrow(settings), rest.model, loading, text, files)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """A plan that the layers can keep.
+
+    Attributes:
+        allocation: the share of weights that each layer keeps.
+        notes: on layers that keep more than by the score.
+    """
+
+    allocation: LayerAllocation
+    notes: list[str]
+
+    @property
+    def method(self) -> str:
+        """The score of the plan."""
+        return self.allocation.method
+
+
 class Narrow(Step):
     """Fewer heads and channels, by a plan of shares of layers."""
 
     command, done = "narrow", "narrowed"
-
-    def __init__(self, settings: NarrowOptions) -> None:
-        super().__init__(settings)
-        self._raised: dict[str, list[str]] = {}  # score of a plan -> note on layers that keep more
+    _units: Sequence[LayerUnits]  # of the intact model, however often it is loaded again
 
     def check(self, work: Work) -> None:
         """Checks that matrices can be replaced by others, the result can be saved, and layers can keep the share."""
         from hf_cod.compression.width.planning import within_reach
         from hf_cod.layers.checks import check_reshapeable
+        from hf_cod.layers.unit_discovery import find_all_units
 
         check_reshapeable(work.stack, "narrow")
-        within_reach(work.stack, self.settings.parameter_share, self.settings)
+        self._units = find_all_units(work.stack)
+        within_reach(work.stack, self._units, self.settings.parameter_share, self.settings)
 
-    def plan(self, work: Work) -> Any:
+    def plan(self, work: Work) -> Reached:
         """For each layer, the share of weights to keep."""
         share = self.settings.parameter_share
         # sensitivity and auto evaluate sparsity plans: the closest approximation of narrowing.
@@ -113,49 +131,45 @@ class Narrow(Step):
         scores = work.score(self.settings.score or _default_score(work), **tried)
         return self._within_reach(work, self.settings.allocate(scores))
 
-    def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
+    def baselines(self, work: Work, plan: Reached) -> dict[str, Any]:
         """The same share for all layers that can keep as little."""
         alike = uniform_baseline(plan, self.settings, work.scores)
         return {name: self._within_reach(work, other) for name, other in alike.items()}
 
-    def _within_reach(self, work: Work, plan: LayerAllocation) -> LayerAllocation:
-        """The plan that the layers can keep; a note in the report says where it differs.
+    def _within_reach(self, work: Work, plan: LayerAllocation) -> Reached:
+        """The plan that the layers can keep.
 
         Raises:
             ValueError: it would differ, and the user set the spread.
         """
         from hf_cod.compression.width.planning import within_reach
 
-        plan, self._raised[plan.method] = within_reach(work.stack, plan, self.settings)
-        if self.settings.spread is not None and self._raised[plan.method]:
+        reached = Reached(*within_reach(work.stack, self._units, plan, self.settings))
+        if self.settings.spread is not None and reached.notes:
+            shares = zip(plan.values, reached.allocation.values, strict=True)
+            layer, (share, least) = max(enumerate(shares), key=lambda each: each[1][1] - each[1][0])
             raise ValueError(
-                f"spread: expected one by which each layer keeps as much as it has to, got {self.settings.spread:g}; "
-                f"{self._raised[plan.method][0]}; use a smaller --spread, or none"
+                f"spread: expected a smaller one, or none, got {self.settings.spread:g}: layer {layer} has to keep "
+                f"{least:.4g} of its weights, and by this spread it keeps {share:.4g}"
             )
-        return plan
+        return reached
 
-    def apply(self, work: Work, plan: Any) -> RunReport:
+    def apply(self, work: Work, plan: Reached) -> RunReport:
         """Narrows the layers."""
-        from hf_cod.compression.width.narrower import narrow
+        from hf_cod.compression.width.narrower import narrow_units
 
-        report = narrow(
-            work.model,
-            plan,
-            method=self.settings.method,
-            compensation=self.settings.compensation,
-            channel_multiple=self.settings.channel_multiple,
-            batches=work.calibration,
-            name=work.name,
-            **given_names(self.settings),
-            **work.options,
+        chosen = {field.name: getattr(self.settings, field.name) for field in fields(NarrowSettings)}
+        how, name = NarrowSettings(**chosen), work.name
+        report = narrow_units(
+            work.model, self._units, plan.allocation, how, work.calibration, name=name, **work.options
         )
-        return replace(report, notes=[*report.notes, *self._raised.get(plan.method, [])])
+        return replace(report, notes=[*report.notes, *plan.notes])
 
-    def files(self, plan: Any) -> dict[str, Any]:
+    def files(self, plan: Reached) -> dict[str, Any]:
         """The allocation."""
-        return {"allocation.json": plan}
+        return {"allocation.json": plan.allocation}
 
-    def told(self, plan: Any) -> dict[str, Any]:
+    def told(self, plan: Reached) -> dict[str, Any]:
         """The score of the plan, which may be a default."""
         return {"score": plan.method}
 

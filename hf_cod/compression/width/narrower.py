@@ -134,9 +134,42 @@ def narrow(
             (says where): see `model`.
     """
     how = resolve(narrow, NarrowSettings, settings, fields, method=method, compensation=compensation)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
+    work: dict[str, Any] = {
+        "journal": journal,
+        "layers_path": layers_path,
+        "name": name,
+        "show_progress": show_progress,
+    }
+    return narrow_units(model, None, plan, how, batches, **work)
+
+
+@for_one_thread
+@undoing_own_changes
+def narrow_units(
+    model: nn.Module,
+    units: Sequence[LayerUnits] | None,
+    plan: LayerAllocation | WidthPlan | float,
+    how: NarrowSettings,
+    batches: Batches | None,
+    *,
+    journal: str | Path | None,
+    layers_path: str | None,
+    name: str | None,
+    show_progress: bool,
+) -> RunReport:
+    """`narrow` with heads and channels that were found before, in this model or an equal one.
+
+    Args:
+        model, plan, batches, journal, layers_path, name, show_progress: see `narrow`.
+        units: of each layer, as `find_all_units` returns them; None: they are searched for.
+        how: settings.
+
+    Raises:
+        ValueError: see `narrow`.
+    """
     method, compensation = how.method, how.compensation
     stack = find_decoder_layers(model, layers_path)
-    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     sequential = needs_inputs(method, compensation)
     if sequential or METHODS[method].gradients:
         check_needed(batches, f"for {method} with {compensation}")
@@ -146,7 +179,7 @@ def narrow(
     check_unwritten(stack.model, batches)
     check_independent(stack, "narrow", batches)
     choice = choose_modules(stack, how)
-    units = without_excluded(find_all_units(stack), choice)
+    units = without_excluded(find_all_units(stack, batches) if units is None else units, choice)
     chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
     described = WidthReporter(stack, units, name, [*choice.notes("narrowed"), *other_stacks(stack, "narrowed")])

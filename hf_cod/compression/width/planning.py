@@ -58,19 +58,20 @@ def plan_width(
 
 
 def within_reach(
-    stack: DecoderLayers, parameter_share: LayerAllocation | float, settings: Any
+    stack: DecoderLayers, units: Sequence[LayerUnits], parameter_share: LayerAllocation | float, settings: Any
 ) -> tuple[LayerAllocation, list[str]]:
     """The allocation, raised where a layer cannot keep as little (`width_plan.reachable`), and a note on that.
 
     Args:
         stack: the layers.
+        units: of each layer, as `find_all_units` returns them.
         parameter_share: shares of layers, or one for all.
         settings: `channel_multiple`, `include` and `exclude`.
 
     Raises:
         ValueError: no heads or channels of a known structure, or a share of all layers that they cannot keep.
     """
-    units = without_excluded(find_all_units(stack), choose_modules(stack, settings))
+    units = without_excluded(units, choose_modules(stack, settings))
     check_units(stack, units)
     return reachable(stack, units, _allocation(stack, parameter_share), settings.channel_multiple)
 

@@ -1,5 +1,7 @@
 """hf-cod narrow on a tiny model: what is written and refused."""
 
+import re
+
 import pytest
 
 from hf_cod import LayerAllocation, perplexity
@@ -7,6 +9,7 @@ from hf_cod.cli.commands.narrow import NarrowOptions
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, token_batches
+from hf_cod.layers import unit_discovery
 from tests.cli.runs import TEXT, narrow
 
 
@@ -59,7 +62,10 @@ def test_layers_that_cannot_keep_as_little_keep_more_at_the_cost_of_others(check
     """One group of heads and 32 channels are 0.6 of a layer; a plan that the user set is refused instead."""
     more = ["--score", "weight_norm", "--parameter-share", "0.62", "--channel-multiple", "32", "--force", "--no-plots"]
     assert narrow(checkpoint, "set", *more, "--spread", "0.08") == 2
-    assert "spread: expected one by which each layer keeps as much as it has to, got 0.08" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(
+        r"spread: expected a smaller one, or none, got 0.08: layer \d has to keep 0.6 of its weights", told
+    )
     assert narrow(checkpoint, "out", *more) == 0
     plan = LayerAllocation.load(checkpoint / "out" / "allocation.json")
     assert min(plan.values) == pytest.approx(0.6) and plan.mean == pytest.approx(0.62)
@@ -78,3 +84,11 @@ def test_the_default_score_never_lost_and_needs_a_loss(checkpoint):
     assert narrow(checkpoint, "headless-out", *more) == 0
     found = {name: RunReport.load(checkpoint / name).settings["score"] for name in ("out", "headless-out")}
     assert found == {"out": "auto", "headless-out": "angular"}
+
+
+def test_heads_and_channels_are_searched_for_once(checkpoint, monkeypatch):
+    """Also for the baseline, and for the model that is loaded again after it."""
+    measured, measure = [], unit_discovery.copy_layers
+    monkeypatch.setattr(unit_discovery, "copy_layers", lambda *args: measured.append(True) or measure(*args))
+    assert narrow(checkpoint, "out", "--score", "weight_norm", "--no-plots", "--no-speed") == 0
+    assert "uniform" in RunReport.load(checkpoint / "out").results["perplexity"] and len(measured) == 1
