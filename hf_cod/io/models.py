@@ -22,9 +22,8 @@ from hf_cod.io.inputs import check_model_path
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
 from hf_cod.io.offloaded import IN_FILES, check_offloadable, offloading_silenced, refuse_in_files, weights_can_change
-from hf_cod.io.quantized import naming_package
+from hf_cod.io.quantized import forget_quantized, naming_package
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
-from hf_cod.models.stored_config import clear_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def load_model(
         load = _load_in_files if in_files else _load_with_head
         model = load(source, config, {**options, **_placement(settings)})
     if "gguf_file" in options:
-        _forget_gguf(model)
+        forget_quantized(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         logger.warning("model: the adapter in %r is added to its weights, as transformers does", name)
     if not in_files and settings.device != "auto":
@@ -296,13 +295,3 @@ def _has_tokenizer(source: str, options: dict[str, Any]) -> bool:
         return "tokenizer.ggml.tokens" in GGUFReader(Path(source) / options["gguf_file"]).fields
     told = {"revision": options["revision"], "_raise_exceptions_for_missing_entries": False}
     return any(cached_file(source, file, **told) is not None for file in TOKENIZER_FILES)
-
-
-def _forget_gguf(model: Any) -> None:
-    """Removes all marks of quantization: the weights are dequantized, but transformers would refuse to save them, and
-    Trainer to train them.
-    """
-    model.hf_quantizer, model.is_quantized = None, False
-    clear_quantized(model)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_cod.io.display import one_line
+from hf_cod.models.stored_config import clear_quantized
 
 # quant_method in config.json -> how errors name it.
 NAMES = {
@@ -97,3 +98,13 @@ def naming_package(config: Any, name: str) -> Iterator[None]:
             f"model: weights stored by {method} in {name!r} require a package that is not installed: {one_line(error)}"
             "; install it, or use the model from before its quantization"
         ) from error
+
+
+def forget_quantized(model: Any) -> None:
+    """Removes all marks of quantization of a model from GGUF: its weights are dequantized, but transformers would
+    refuse to save them, and Trainer to train them.
+    """
+    model.hf_quantizer, model.is_quantized = None, False
+    clear_quantized(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

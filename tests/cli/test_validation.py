@@ -39,6 +39,8 @@ FREE = [
     "sources",
     "comparison",
     "space",
+    "gguf",
+    "swap",
 ]
 COUNT, SHARE, POSITIVE = ["0", "-1", "x"], ["-0.1", "1.5", "nan", "x"], ["0", "-1", "nan", "inf", "x"]
 FILE = ["none.json", "text.txt"]
@@ -123,6 +125,7 @@ BAD = {
     "post_layers": ["x"],
     "lns_exponent": ["x", "1.5", "-1"],
     "search_passes": COUNT,
+    "embedding_bits": ["3", "x"],
     "diagnose output": ["text.txt"],  # these two keep what is there
     "score output": ["text.txt"],
     **{f"{command} output": [] for command in ("compare", "report", "history", "demo")},  # take what is there

@@ -105,6 +105,7 @@ def names(models, measured, folder):
         "Trainer": Trainer,
         "args": TrainingArguments(str(folder / "run"), max_steps=2, report_to=[], use_cpu=True, save_strategy="no"),
         "data": [{"input_ids": row, "labels": row} for row in ids],
+        "donor": model(),
         "dataset": Dataset.from_list([{"text": TEXT[:100]} for _ in range(16)]),
         "inputs": {"input_ids": ids[0][None, :5]},
         "load": model,

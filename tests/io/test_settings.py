@@ -399,6 +399,7 @@ def test_functions_take_settings_in_one_way():
         "apply_steps": "how",  # what the steps work on
         "collect_statistics": "samples",  # of texts, without other settings
         "perplexity": "samples",
+        "measure_swap": "samples",
     }
     passed_on = {"owlore", "llama_preset", "OwlBnbConfig", "SparseConfig"}  # fields of somebody else
     for name in set(hf_cod.__all__) - passed_on:

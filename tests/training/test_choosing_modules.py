@@ -75,8 +75,8 @@ def test_a_state_of_another_choice_is_refused():
 def test_names_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="include: expected names of the layers' matrices, such as q_proj"):
         OwLoreAdamW(build("llama"), include=["qproj"])
-    with pytest.raises(ValueError, match="exclude: expected "):
-        owlore(exclude=[])
+    with pytest.raises(ValueError, match="include: expected "):
+        owlore(include=[])
 
 
 def test_adapters_have_a_choice_of_their_own():

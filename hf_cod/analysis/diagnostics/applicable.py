@@ -16,7 +16,7 @@ def applicable(
     chosen: DiagnoseSettings, stack: DecoderLayers, task: str, batches: list[Batch], report: RunReport
 ) -> list[str]:
     """Names of the measures to compute; notes of the report name those that the model does not support."""
-    if chosen.metrics is not None and not chosen.everything:
+    if chosen.metrics is not None and chosen.by_name:
         return chosen.metrics
     reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack, batches)}
     report.notes.extend(f"{metric} was left out: {reason}" for metric, reason in reasons.items() if reason is not None)

@@ -17,7 +17,7 @@ from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from hf_cod.analysis.diagnostics.forward_results import forward_results, keep_intervals, repeated_notes
 from hf_cod.analysis.diagnostics.generation_drop import measure_generation_drop
 from hf_cod.analysis.diagnostics.generation_results import generation_figures
-from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
+from hf_cod.analysis.diagnostics.gradients import NotRecordedError, measure_gradient_norm
 from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward, check_norms
 from hf_cod.analysis.diagnostics.more_measures import Request, measure_more
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, DiagnoseFields, DiagnoseSettings
@@ -233,9 +233,14 @@ def _measure(
         report.notes.extend(repeated_notes(found["results"].get("runs", [])))
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm", *where)
-        if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
-            journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
-        report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
+        try:
+            if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
+                journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
+            report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
+        except NotRecordedError as error:
+            if chosen.by_name:
+                raise
+            report.notes.append(f"gradient_norm was left out: {str(error).partition(': ')[2]}")
     if "layer_drop" in wanted:
         journal = journals.of("layer_drop", metric.identity, *where) if metric.identity else Journal(None, "")
         report_layer_drop(report, stack, batches, metric, journal, chosen.seed, options)

@@ -97,14 +97,18 @@ def gradient_norms(
         raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
 
 
+class NotRecordedError(ValueError):
+    """A loss has no gradients, because the model runs its layers without recording."""
+
+
 def check_recorded(stack: DecoderLayers, loss: Tensor, field: str) -> None:
     """Checks that a loss has gradients; that of a reversible model (Reformer) has none where only its layers need them.
 
     Raises:
-        ValueError: it has none.
+        NotRecordedError: it has none.
     """
     if not loss.requires_grad:
-        raise ValueError(
+        raise NotRecordedError(
             f"{field}: expected layers whose gradients are recorded, got those of {name_of(stack)}, which runs them "
             "without recording"
         )

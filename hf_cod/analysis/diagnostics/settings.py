@@ -105,6 +105,11 @@ class DiagnoseSettings(SampleSettings):
         """Whether all measures are wanted that the model supports."""
         return self.metrics == [EVERYTHING]
 
+    @property
+    def by_name(self) -> bool:
+        """Whether measures were chosen by name, so that one that the model does not support is an error."""
+        return self.metrics is not None and not self.everything
+
     def generation(self) -> GenerationSettings:
         """The settings of generation."""
         own = {name: getattr(self, name) for name in GENERATION}

@@ -31,7 +31,7 @@ def make_parser() -> SettingsParser:
         nargs=2,
         metavar="MODEL",
         help="instead of runs: measure the loss of the first model on --text with layers of the second one; Hub ids, "
-        "directories or GGUF files",
+        "directories or GGUF files; default: runs are compared",
     )
     parser.add_argument("--labels", nargs="+", help="one name per run; default: the names of the models")
     parser.add_argument(

@@ -469,7 +469,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
         with pytest.raises(ValueError, match=message):
             factorize(model, 0.5, batches=[batch_for(build("llama"))])
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    with pytest.raises(ValueError, match="model: expected a class of transformers or hf_cod, got"):
+    with pytest.raises(ValueError, match=r"model: expected a class of transformers or hf_cod, .* got"):
         factorize(type("Own", (type(build("llama")),), {})(build("llama").config), 0.5, "plain")
 
 
