@@ -137,7 +137,7 @@ TESTED_BY = {
     "layers/test_expert_routing.py": "layers/expert_products.py",
     "layers/test_stack.py": "layers/modules.py layers/weights.py",
     "layers/test_unit_discovery.py": (
-        "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"
+        "layers/layer_copies.py layers/matrix_calls.py layers/row_owners.py layers/unit_checks.py layers/units.py"
     ),
     "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
     "models/test_convert.py": "models/folding.py",

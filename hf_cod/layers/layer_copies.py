@@ -25,7 +25,7 @@ from hf_cod.layers.stack import DecoderLayers
 
 # With fewer tokens, a channel behind a ReLU may be silent on all of them.
 SAMPLES, TOKENS = 4, 12
-_UNKNOWN = "no input is known on which it runs: pass batches, with images for a vision tower"
+_UNKNOWN = "no input is known on which it runs; narrow takes it from batches, which have images for a vision tower"
 _SPECIAL = ("_token_id", "_token_index", "_ids")
 
 

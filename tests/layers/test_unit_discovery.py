@@ -201,7 +201,7 @@ def test_towers_that_do_not_run_on_text(kind, needs_batches, examples):
     """They have no samples in their hidden states, or take images in a form of their own."""
     case = examples("tiny_architectures").Case(f"vision-language/{kind}+images@vision")
     if needs_batches:
-        with pytest.raises(ValueError, match="no input is known on which it runs: pass batches, with images"):
+        with pytest.raises(ValueError, match="no input is known on which it runs; narrow takes it from batches"):
             narrow(case.build(), 0.85, "magnitude", "none", channel_multiple=8, layers_path=case.stack)
     batches = examples("architecture_inputs").batches_for(case, case.build()) if needs_batches else None
     for layer in find_all_units(find_decoder_layers(case.build(), case.stack), batches):
