@@ -83,7 +83,7 @@ def _fitted(stack: DecoderLayers, batches: Sequence[Batch], show_progress: bool)
     sums = [MapSums() for _ in range(len(stack))]
     for number, batch in enumerate(progress(batches, "linear maps", show_progress)):
         with layer_states(stack) as states:
-            stack.trunk(**model_inputs(batch))
+            stack.trunk(**model_inputs(stack.model, batch))
         check_finite(states, number)
         mask = stack.mask(batch)
         rows = [token_rows(hidden, mask) for hidden, _ in states]

@@ -24,7 +24,7 @@ def run_for_metric(stack: DecoderLayers, metric: Metric, batch: Batch) -> tuple[
     Returns:
         The outputs for `metric.rows`, and the batch for it: that of a tower has the mask of its tokens.
     """
-    inputs = model_inputs(batch)
+    inputs = model_inputs(stack.model, batch)
     if not metric.compares:
         return stack.model(**inputs), batch
     seen: list[Any] = []
