@@ -13,6 +13,7 @@ from hf_cod.layers.stack import unwrap
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
+CTC_SUFFIX = "ForCTC"
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq_lm")  # tasks
 # Names of the targets of heads; a question-answering head has a span.
 LABELS = ("labels", "start_positions", "end_positions")
@@ -35,6 +36,8 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
         return "unlabelled"
     if name.endswith(MASKED_LM_SUFFIXES):
         return "masked_lm"
+    if name.endswith(CTC_SUFFIX):
+        return "labels"  # a text, whose characters are at no certain tokens
     labels = batches[0].get("labels") if batches else None
     return "labels" if labels is None else _task_of_labels(base, labels)
 

@@ -104,7 +104,7 @@ class BlockReplacer:
             for batch, before, wanted in zip(self._batches, self._before, self._behind[block.last], strict=True):
                 with _outputs_of(matrix) as added:
                     hidden, _ = run_layer(self._stack, front, model_inputs(self._stack.model, batch), before)
-                mask = padding_of(self._stack.mask(batch))
+                mask = padding_of(self._stack.mask(model_inputs(self._stack.model, batch)))
                 square = mask is not None and has_tokens_first(self._stack, *mask.shape)
                 # Widened first, so that bf16 does not round the difference.
                 r = wide(wanted.to(hidden.device)) - wide(hidden)
