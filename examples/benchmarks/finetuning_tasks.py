@@ -99,7 +99,7 @@ def evaluate(model: nn.Module, kind: str, rows: Batch) -> dict[str, float]:
     loss, right, count = 0.0, 0, 0
     for batch in cut(rows, EVALUATED_AT_ONCE):
         batch = to_device(batch, device)
-        logits: Tensor = model(**model_inputs(batch)).logits.float()
+        logits: Tensor = model(**model_inputs(model, batch)).logits.float()
         wanted = targets(batch, kind)
         loss += float(nn.functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="sum"))
         right += int((logits.argmax(-1) == wanted).sum())

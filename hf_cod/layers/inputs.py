@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
 from hf_cod.layers.checks import learnt_positions
+from hf_cod.layers.decoder_inputs import DECODER_INPUTS, decoder_ids
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.direct_use import runs_on
 from hf_cod.layers.stacks import has_two_towers
-from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
+from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES, task_of
 
-# Inputs that replace a model's main input, and inputs of the decoder of an encoder-decoder.
+# Inputs that replace a model's main input.
 _EMBEDDED = ("inputs_embeds", "encoder_outputs")
 _MAIN = ("input_ids", "inputs_embeds")
-_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 _TENSORS = (
     "input_ids",
     "inputs_embeds",
@@ -83,11 +83,20 @@ class InputCheck:
             if len(shape) != 3 or shape[-1] != self._width:
                 expected = f"(samples, tokens, {self._width})"
                 raise ValueError(f"inputs_embeds: expected {expected}, got {shape} {where}")
-        if self._two_sides and not any(name in batch for name in _DECODER):
-            if self._makes_own is None:
-                self._makes_own = runs_on(self._model, batch)
-            if not self._makes_own:
-                raise self._missing([_DECODER], batch, where)
+        if self._two_sides and not any(name in batch for name in DECODER_INPUTS):
+            self._check_decoder(batch, where)
+
+    def _check_decoder(self, batch: Batch, where: str) -> None:
+        """Checks that the decoder gets tokens: made from labels, or by a model that shifts those of its encoder."""
+        if "labels" in batch and (made := decoder_ids(self._model, batch)) is not None:
+            self._check_range("labels", made, where)
+            return
+        if "labels" in batch and task_of(self._model, [batch]) in ("seq2seq_lm", "headless"):
+            raise self._missing([DECODER_INPUTS], batch, where)
+        if self._makes_own is None:
+            self._makes_own = runs_on(self._model, batch)
+        if not self._makes_own:
+            raise self._missing([DECODER_INPUTS], batch, where)
 
     def _check_names(self, batch: Batch, where: str) -> None:
         both = [name for name in _MAIN if name in batch]
@@ -107,9 +116,12 @@ class InputCheck:
         if ids.dtype is not torch.int64 or not known_shape:  # embeddings accept int32, too, but losses do not
             found = f"{ids.dtype} {tuple(ids.shape)}"
             raise ValueError(f"{name}: expected whole numbers (samples, tokens), got {found} {where}; use torch.int64")
+        if not with_images:  # some models mark images by placeholders outside the vocabulary
+            self._check_range(name, ids, where)
+
+    def _check_range(self, name: str, ids: Tensor, where: str) -> None:
         least, most = (int(value) for value in ids.aminmax())
-        # Some models mark images by placeholders outside the vocabulary.
-        if self._tokens is not None and not with_images and (least < 0 or most >= self._tokens):
+        if self._tokens is not None and (least < 0 or most >= self._tokens):
             wrong = least if least < 0 else most
             known = f"token ids from 0 to {self._tokens - 1} (the embeddings of {self._name})"
             raise ValueError(f"{name}: expected {known}, got {wrong} {where}")

@@ -33,7 +33,7 @@ def probe_inputs(
     """
     first = next(model.parameters())
     device = device or (first.device if first.is_meta else execution_device(model))
-    inputs = _by_config(model) if batch is None else _first_sample(model_inputs(batch))
+    inputs = _by_config(model) if batch is None else _first_sample(model_inputs(model, batch))
     dtype = first.dtype if first.is_floating_point() else torch.float32
     inputs = {name: t.to(dtype) if batch is None and t.is_floating_point() else t for name, t in inputs.items()}
     # What forward creates is on the model's device, also while from_pretrained builds everything on the meta device.

@@ -178,7 +178,7 @@ def _whole_passes(
         sums = make_recorder(stack, [index])
         with sums.attached():
             for number, batch in enumerate(batches):
-                inputs = model_inputs(to_device(batch, device))
+                inputs = model_inputs(stack.model, to_device(batch, device))
                 sums.start(inputs)
                 stack.trunk(**inputs)
                 sums.finish(number)
@@ -205,7 +205,7 @@ def _run(
     device = execution_device(stack.model)
     with nullcontext() if recorder is None else recorder.attached():
         for number, batch in enumerate(batches):
-            inputs = model_inputs(to_device(batch, device))
+            inputs = model_inputs(stack.model, to_device(batch, device))
             if recorder is not None:
                 recorder.start(inputs)
             state = run_layer(stack, index, inputs, before[number])

@@ -25,6 +25,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.layers.expert_discovery import expert_sets
 from hf_cod.layers.experts import ExpertMatrix, ExpertSet, expert_matrices
+from hf_cod.layers.layer_masks import mask_at
 from hf_cod.layers.modules import is_linear_like, is_norm, walk
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stacks import DECODER, ENCODER, TEXT, counting_config, named_stacks, path_of_stack, side_of
@@ -32,6 +33,9 @@ from hf_cod.layers.weights import weight_of
 
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
 _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
+
+# Inputs that have one entry for each token.
+_TOKENS = {"input_ids", "inputs_embeds"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -182,13 +186,24 @@ class DecoderLayers(Sequence):
     def mask(self, inputs: Mapping[str, Any]) -> Any:
         """The mask (S, T) of the tokens of these layers among the inputs of the model; None if there is none.
 
-        A decoder beside an encoder has its own tokens; images and sound have no mask here.
+        A decoder beside an encoder has its own tokens. The mask of sound is the one that the model makes of it for its
+        layers (`mask_at`); images have none here.
         """
         if self.name == DECODER:
             return inputs.get("decoder_attention_mask")
-        if self.name == ENCODER and not {"input_ids", "inputs_embeds"} & inputs.keys():
-            return None
-        return inputs.get("attention_mask") if self.name in (None, ENCODER) or TEXT in self.name else None
+        if self.name in (None, ENCODER):
+            return self._read_mask(inputs, "attention_mask")
+        return inputs.get("attention_mask") if TEXT in self.name else None
+
+    def encoded_mask(self, inputs: Mapping[str, Any]) -> Any:
+        """The mask (S, T) of the encoder's tokens, which a decoder reads; None if there is none."""
+        return self._read_mask(inputs, "encoder_attention_mask")
+
+    def _read_mask(self, inputs: Mapping[str, Any], name: str) -> Any:
+        given = inputs.get("attention_mask")
+        if given is None or bool(given.all()) or not _TOKENS.isdisjoint(inputs):
+            return given
+        return mask_at(self[0], lambda: self.trunk(**inputs), name)
 
     def count_tokens(self, inputs: Mapping[str, Any]) -> int | None:
         """The number of tokens of a sample that these layers read; None if it is unknown, as of images and sound."""

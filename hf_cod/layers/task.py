@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.decoder_inputs import DECODER_INPUTS, decoder_ids, reads_labels
 from hf_cod.layers.stack import unwrap
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
+CTC_SUFFIX = "ForCTC"
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq_lm")  # tasks
 # Names of the targets of heads; a question-answering head has a span.
 LABELS = ("labels", "start_positions", "end_positions")
@@ -34,6 +36,8 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
         return "unlabelled"
     if name.endswith(MASKED_LM_SUFFIXES):
         return "masked_lm"
+    if name.endswith(CTC_SUFFIX):
+        return "labels"  # a text, whose characters are at no certain tokens
     labels = batches[0].get("labels") if batches else None
     return "labels" if labels is None else _task_of_labels(base, labels)
 
@@ -80,6 +84,12 @@ def targets(batch: Batch, task: str) -> Tensor:
     return labels
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """The inputs of forward: the batch without labels, so that forward computes no loss."""
-    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The inputs of forward: the batch without labels, so that forward computes no loss.
+
+    An encoder-decoder whose decoder gets no tokens reads those that it makes from the labels (`decoder_ids`).
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name not in LABELS}
+    base = unwrap(model)
+    made = decoder_ids(base, batch) if reads_labels(base, batch) else None
+    return inputs if made is None else {**inputs, DECODER_INPUTS[0]: made}

@@ -89,7 +89,7 @@ class DivergenceProbe(PruningProbe):
 
     def _compared(self, batch: Batch, teacher: Tensor, student: Tensor) -> tuple[float, float]:
         """(sum of the divergences of the real tokens of a batch, their number)."""
-        keep = self.stack.mask(model_inputs(batch))
+        keep = self.stack.mask(model_inputs(self.stack.model, batch))
         keep = torch.ones(teacher.shape[:-1], device=teacher.device) if keep is None else keep
         number = float(keep.sum())
         return number * float(logit_loss(student, teacher, keep=keep.bool())), number
@@ -101,13 +101,13 @@ class DivergenceProbe(PruningProbe):
         return [*states]
 
     def _moved(self, layer: int, batch: Batch, before: State | None) -> State:
-        hidden, rest = run_layer(self.stack, layer, model_inputs(batch), before)
+        hidden, rest = run_layer(self.stack, layer, model_inputs(self.stack.model, batch), before)
         return hidden.cpu(), rest
 
     def _logits(self, batch: Batch, before: State | None) -> Tensor:
         last = len(self.stack) - 1
         with running_only(self.stack, range(last, last + 1), before):
-            logits: Tensor = self.stack.model(**model_inputs(batch)).logits
+            logits: Tensor = self.stack.model(**model_inputs(self.stack.model, batch)).logits
         return logits
 
 

@@ -110,13 +110,13 @@ class PruningProbe:
             return [self._rows(layer, batch, state) for batch, state in zip(self.batches, before, strict=True)]
         after = []
         for batch, state in zip(self.batches, before, strict=True):
-            hidden, rest = run_layer(self.stack, layer, model_inputs(batch), state)
+            hidden, rest = run_layer(self.stack, layer, model_inputs(self.stack.model, batch), state)
             after.append((hidden.cpu(), rest))
         return after
 
     def _rows(self, layer: int, batch: Batch, before: State | None) -> list[Any]:
         with running_only(self.stack, range(layer, layer + 1), before):
-            return self.metric.rows(self.stack.model(**model_inputs(batch)), batch, None)
+            return self.metric.rows(self.stack.model(**model_inputs(self.stack.model, batch)), batch, None)
 
     @contextmanager
     def _changed(self, layer: int, value: float, names: Collection[str] | None = None) -> Iterator[None]:

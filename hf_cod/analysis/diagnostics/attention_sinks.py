@@ -90,7 +90,7 @@ def _means(rows: list[list[Row | None]], column: int) -> list[float | None]:
 
 def _rows(stack: DecoderLayers, batch: Batch) -> list[Row | None]:
     """A row for each layer; None for one without attention."""
-    inputs = model_inputs(batch)
+    inputs = model_inputs(stack.model, batch)
     mask = stack.mask(inputs)
     found: dict[int, Row] = {}
 

@@ -72,7 +72,7 @@ def measure_causal_score(
 
 def _sums(stack: DecoderLayers, batch: Batch, number: int) -> list[list[float]]:
     """For each layer but the last one: the sum of relative changes, and the number of summands."""
-    inputs = model_inputs(batch)
+    inputs = model_inputs(stack.model, batch)
     with layer_states(stack) as states:
         stack.trunk(**inputs)
     check_finite(states, number)

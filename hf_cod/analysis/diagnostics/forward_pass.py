@@ -75,7 +75,7 @@ def measure_forward(
     device = execution_device(stack.model)
     with torch.no_grad(), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "forward pass", show_progress)):
-            inputs = model_inputs(to_device(batch, device))
+            inputs = model_inputs(stack.model, to_device(batch, device))
             recorder.start(stack.mask(inputs), len(next(iter(inputs.values()))), stack.count_tokens(inputs))
             stack.trunk(**inputs)
             recorder.finish(number)

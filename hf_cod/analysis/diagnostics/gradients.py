@@ -119,7 +119,7 @@ def _check_activations(stack: DecoderLayers, batch: Batch, number: int) -> None:
     recorder = ForwardRecorder(stack, [], "last")
     with torch.no_grad(), recorder.attached():
         recorder.start(None, len(next(iter(batch.values()))))
-        stack.model(**model_inputs(batch))
+        stack.model(**model_inputs(stack.model, batch))
         recorder.finish(number)
 
 
@@ -166,7 +166,7 @@ def mean_loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
     """The loss of a batch, mean over its predictions."""
     if task not in LANGUAGE_MODELS:
         return model(**batch).loss
-    logits = model(**model_inputs(batch)).logits
+    logits = model(**model_inputs(model, batch)).logits
     labels = targets(batch, task).to(logits.device)
     return negative_log_likelihood(logits, labels).sum() / (labels != IGNORED_LABEL).sum()
 

@@ -80,7 +80,7 @@ def measure_jacobian(
 
 def _sums(stack: DecoderLayers, batch: Batch, number: int, n_probes: int, seed: int) -> list[list[float]]:
     """For each layer the estimate of ||J - I||_F^2, and ||I||_F^2, summed over its runs."""
-    inputs = model_inputs(batch)
+    inputs = model_inputs(stack.model, batch)
     generator = torch.Generator().manual_seed(seed + number)
     with _observed(stack, stack.mask(inputs), n_probes, generator) as sums:
         stack.trunk(**inputs)

@@ -77,7 +77,7 @@ def _known(value: float) -> float | None:
 
 def _rows(stack: DecoderLayers, batch: Batch) -> list[Row | None]:
     """A row for each layer; of several runs the last one counts."""
-    inputs = model_inputs(batch)
+    inputs = model_inputs(stack.model, batch)
     mask = stack.mask(inputs)
     found: dict[int, Row | None] = {}
 

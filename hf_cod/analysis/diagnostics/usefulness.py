@@ -83,9 +83,9 @@ def _fitted(stack: DecoderLayers, batches: Sequence[Batch], show_progress: bool)
     sums = [MapSums() for _ in range(len(stack))]
     for number, batch in enumerate(progress(batches, "linear maps", show_progress)):
         with layer_states(stack) as states:
-            stack.trunk(**model_inputs(batch))
+            stack.trunk(**model_inputs(stack.model, batch))
         check_finite(states, number)
-        mask = stack.mask(batch)
+        mask = stack.mask(model_inputs(stack.model, batch))
         rows = [token_rows(hidden, mask) for hidden, _ in states]
         for layer, found in enumerate(sums):
             found.add(rows[layer], rows[layer + 1].to(rows[layer].device) - rows[layer])

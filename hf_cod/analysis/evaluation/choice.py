@@ -115,7 +115,7 @@ def perplexity(
     rows = []
     with torch.no_grad(), without_repacking(base):
         for batch in (to_device(batch, device) for batch in batches):
-            rows += metric.rows(base(**model_inputs(batch)), batch, None)
+            rows += metric.rows(base(**model_inputs(base, batch)), batch, None)
     return metric.value(rows)
 
 

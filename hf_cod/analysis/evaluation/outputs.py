@@ -22,9 +22,9 @@ def run_for_metric(stack: DecoderLayers, metric: Metric, batch: Batch) -> tuple[
         batch: on the model's device.
 
     Returns:
-        The outputs for `metric.rows`, and the batch for it: that of a tower has the mask of its tokens.
+        The outputs for `metric.rows`, and the batch for it: that of a tower, or of sound, has the mask of its tokens.
     """
-    inputs = model_inputs(batch)
+    inputs = model_inputs(stack.model, batch)
     if not metric.compares:
         return stack.model(**inputs), batch
     seen: list[Any] = []
@@ -33,7 +33,8 @@ def run_for_metric(stack: DecoderLayers, metric: Metric, batch: Batch) -> tuple[
         outputs = stack.model(**inputs)
     finally:
         handle.remove()
-    if has_main_output(outputs) or not seen:
-        return outputs, batch
     mask = stack.mask(inputs)
-    return seen[-1], {} if mask is None else {"attention_mask": mask}
+    own = {} if mask is None else {"attention_mask": mask}
+    if has_main_output(outputs) or not seen:
+        return outputs, batch if stack.name is not None else {**batch, **own}
+    return seen[-1], own

@@ -60,7 +60,7 @@ def measure_expert_usage(
         with torch.no_grad(), evaluation_mode(stack), observed:
             for number, batch in enumerate(progress(batches, "experts", show_progress)):
                 checked.check(batch, number)
-                inputs = model_inputs(to_device(batch, device))
+                inputs = model_inputs(stack.model, to_device(batch, device))
                 recorder.start(inputs, number)
                 stack.trunk(**inputs)
     finally:

@@ -225,7 +225,7 @@ def collect_statistics(
     with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "statistics", show_progress)):
             checked.check(batch, number)  # one by one, since batches may come from a stream
-            inputs = model_inputs(to_device(batch, device))
+            inputs = model_inputs(stack.model, to_device(batch, device))
             recorder.start(inputs)
             stack.trunk(**inputs)
             recorder.finish(number)

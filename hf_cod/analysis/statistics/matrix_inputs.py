@@ -60,7 +60,7 @@ class MatrixInputs:
         """Starts a batch with the inputs of the model, whose masks (S, T) say which tokens are padding."""
         self._mask = padding_of(self._stack.mask(inputs))
         # The cross-attention of a decoder reads the tokens of the encoder.
-        self._encoded_mask = padding_of(inputs.get("attention_mask")) if self._stack.name == DECODER else None
+        self._encoded_mask = padding_of(self._stack.encoded_mask(inputs)) if self._stack.name == DECODER else None
         shapes = [mask.shape for mask in (self._mask, self._encoded_mask) if mask is not None]
         self._square = any(has_tokens_first(self._stack, samples, tokens) for samples, tokens in shapes)
         self._encoded: Any = None
@@ -100,7 +100,8 @@ def real_rows(x: Tensor, mask: Tensor | None, square: bool, place: str) -> Tenso
     """(n, width): the vectors of x (S, T, width), or (T, S, width), at tokens that are no padding.
 
     Args:
-        x: vectors of each token.
+        x: vectors of each token, or of each head for each token (S, heads, T, width) or (S, T, heads, width). Codes
+            of all distances of tokens, (1, 2 T - 1, width), have no padding.
         mask: (S, T), from `padding_of`.
         square: see `has_tokens_first`.
         place: what x is, for the error.
@@ -112,7 +113,13 @@ def real_rows(x: Tensor, mask: Tensor | None, square: bool, place: str) -> Tenso
     if mask is None:
         return rows
     samples, tokens = mask.shape
-    mask = (mask.mT if are_tokens_first(x.shape, samples, tokens, square) else mask).flatten()
+    if len(x) == 1 and len(rows) == 2 * tokens - 1:
+        return rows  # distances of tokens, from -(T - 1) to T - 1
+    if x.dim() == 4 and x.shape[0] == samples and tokens in x.shape[1:3]:  # vectors of each head
+        mask = mask[:, None] if x.shape[2] == tokens else mask[..., None]
+        mask = mask.expand(x.shape[:3]).flatten()
+    else:
+        mask = (mask.mT if are_tokens_first(x.shape, samples, tokens, square) else mask).flatten()
     if len(rows) != len(mask):
         raise ValueError(
             f"attention_mask: expected {len(rows)} tokens as at {place}, got {len(mask)}; use samples without padding"

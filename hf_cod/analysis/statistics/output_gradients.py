@@ -17,7 +17,7 @@ from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.running import evaluation_mode, hidden_input, progress
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.task import task_of
+from hf_cod.layers.task import model_inputs, task_of
 
 
 def measure_loss_weights(
@@ -61,7 +61,7 @@ def measure_loss_weights(
             number = count_predictions(batch, task)
             if number:
                 predictions += number
-                sums.start(stack.mask(batch))
+                sums.start(stack.mask(model_inputs(stack.model, batch)))
                 with torch.enable_grad():
                     loss = mean_loss(stack.model, batch, task) * number
                     if not sums.ran:

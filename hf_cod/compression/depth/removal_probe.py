@@ -83,7 +83,7 @@ class RemovalProbe:
         """Yields (removal, what `run_for_metric` returns without it), depth first. Removals of a layer come before
         those that keep it, so that few states are stored.
         """
-        stack, inputs = self._stack, model_inputs(batch)
+        stack, inputs = self._stack, model_inputs(self._stack.model, batch)
         with layer_states(stack) as states:
             run_layer(stack, 0, inputs, None)
         if states[0][1] is not None:
@@ -118,7 +118,7 @@ class RemovalProbe:
 
     def _by_whole_runs(self, batch: Batch, removals: list[Removed]) -> Iterator[tuple[Removed, tuple[Any, Batch]]]:
         with layer_states(self._stack) as states:
-            self._stack.trunk(**model_inputs(batch))
+            self._stack.trunk(**model_inputs(self._stack.model, batch))
         beside = [rest for _, rest in states]
         del states
         for removed in removals:

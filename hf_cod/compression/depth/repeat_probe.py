@@ -86,7 +86,7 @@ class RepeatProbe:
         A block that starts at the first layer, which the model runs on its embeddings alone, runs in the whole model,
         as all blocks do if the model reads the states of several layers.
         """
-        stack, inputs, state, done = self._stack, model_inputs(batch), None, 0
+        stack, inputs, state, done = self._stack, model_inputs(self._stack.model, batch), None, 0
         for start, end in sorted(blocks, key=lambda block: block[::-1]):
             if (start, end) == INTACT:
                 yield INTACT, run_for_metric(stack, self._metric, batch)

@@ -78,7 +78,7 @@ class BlockReplacer:
         with evaluation_mode(self._stack):
             for batch in self._batches:
                 with layer_states(self._stack) as states:
-                    self._stack.trunk(**model_inputs(batch))
+                    self._stack.trunk(**model_inputs(self._stack.model, batch))
                 for last, kept in self._behind.items():
                     kept.append(states[last + 1][0].cpu())
                 self._before.append((states[0][0].cpu(), states[0][1]))
@@ -98,13 +98,13 @@ class BlockReplacer:
         front = block.first - 1
         with evaluation_mode(self._stack):
             self._advance(front)
-            inputs = model_inputs(self._batches[0])
+            inputs = model_inputs(self._stack.model, self._batches[0])
             name, matrix = added_matrix(self._stack, front, inputs, self._before[0])
             sums = MapSums()
             for batch, before, wanted in zip(self._batches, self._before, self._behind[block.last], strict=True):
                 with _outputs_of(matrix) as added:
-                    hidden, _ = run_layer(self._stack, front, model_inputs(batch), before)
-                mask = padding_of(self._stack.mask(batch))
+                    hidden, _ = run_layer(self._stack, front, model_inputs(self._stack.model, batch), before)
+                mask = padding_of(self._stack.mask(model_inputs(self._stack.model, batch)))
                 square = mask is not None and has_tokens_first(self._stack, *mask.shape)
                 # Widened first, so that bf16 does not round the difference.
                 r = wide(wanted.to(hidden.device)) - wide(hidden)
@@ -123,7 +123,8 @@ class BlockReplacer:
         """Runs the shortened model up to the input of `layer`."""
         for index in range(self._at, layer):
             for number, batch in enumerate(self._batches):
-                hidden, rest = run_layer(self._stack, index, model_inputs(batch), self._before[number])
+                inputs = model_inputs(self._stack.model, batch)
+                hidden, rest = run_layer(self._stack, index, inputs, self._before[number])
                 self._before[number] = (hidden.cpu(), rest)
         self._at = max(self._at, layer)
 

@@ -96,7 +96,7 @@ class PlanProbe(DivergenceProbe):
             if not self._journal.is_sound(key, _check):
                 teacher = self._teacher(sample) if teacher is None else teacher
                 self._variants.put(plan)
-                student = self.stack.model(**model_inputs(self.batches[sample])).logits
+                student = self.stack.model(**model_inputs(self.stack.model, self.batches[sample])).logits
                 self._journal.add(key, [*self._compared(self.batches[sample], teacher, student)])
             if key not in self._seen:
                 self._seen.add(key)

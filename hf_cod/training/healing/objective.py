@@ -46,7 +46,7 @@ class Objective:
             batch: input_ids (S, T), attention_mask (S, T), labels (S, T) if they differ from the inputs.
         """
         with self._states(self.student, range(len(self.teacher_layers))) as mine:
-            logits = model(**model_inputs(batch)).logits
+            logits = model(**model_inputs(model, batch)).logits
         wanted, theirs = self._teach(batch, logits.device)
         mask = batch.get("attention_mask")
         keep = None if mask is None else mask.bool()
@@ -64,7 +64,7 @@ class Objective:
     def _teach(self, batch: Batch, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits, on the student's device, and its hidden states."""
         model: Any = self.teacher.model
-        inputs = to_device(model_inputs(batch), execution_device(model))
+        inputs = to_device(model_inputs(model, batch), execution_device(model))
         with self._states(self.teacher, self.teacher_layers) as states:
             logits = model(**inputs).logits
         return logits.to(device), states
