@@ -141,13 +141,14 @@ def _loaded(
     from hf_cod.io.reading import read_text
     from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.checks import check_length
+    from hf_cod.training.runs.methods import check_weights
 
     model, tokenizer = load_with_tokenizer(source, loading, IN_PYTHON)
     _check_task(model)
     if text.chat_template is not None:
         tokenizer.chat_template = read_text(text.chat_template, "chat_template")
     check_length(model, settings.sequence_length)
-    _check_weights(model, settings.method)
+    check_weights(model, settings.method, sampling)
     _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error
     return model, tokenizer, WholeCheckpoint(source, loading, model, tokenizer)
 
@@ -167,31 +168,6 @@ def _check_task(model: Any) -> None:
         raise ValueError(
             f"model: expected a causal language model, which finetune trains on text, got {got}; use {IN_PYTHON} and a "
             "data collator that makes its labels"
-        )
-
-
-def _check_weights(model: Any, method: str) -> None:
-    """Checks that the method can train the weights as they are stored; warns about zeros that training fills.
-
-    Raises:
-        ValueError: the weights are quantized or packed, and the method has no adapters; or the model changes its
-            weights by itself.
-    """
-    from hf_cod.layers.checks import pruned_matrices
-    from hf_cod.layers.direct_use import check_unwritten
-    from hf_cod.layers.stack import find_decoder_layers
-    from hf_cod.training.runs.methods import METHODS
-
-    if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
-        beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
-        raise ValueError(f"method: expected one with adapters ({beside}) for quantized or packed weights, got {method}")
-    stack = find_decoder_layers(model)
-    check_unwritten(stack.model)
-    pruned = pruned_matrices(stack)
-    if pruned:
-        logger.warning(
-            "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",
-            len(pruned),
         )
 
 

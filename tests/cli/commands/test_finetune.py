@@ -18,6 +18,7 @@ from transformers import (
     T5Config,
 )
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import LayerScores, OwlBnbConfig, RunReport, pack_sparse, perplexity, prune, quantize, score_layers
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
@@ -391,6 +392,18 @@ def test_what_does_not_continue_text_is_named_with_what_trains_it(make, kind, ch
     assert not (output / "report.json").exists()
     assert main(["finetune", str(model), "--estimate"]) in (0, 2)
     assert "Unrecognized" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["finetune --method lora", "finetune --method owlore-peft --rank 4", "quantize"])
+def test_shared_weights_are_refused_before_any_work(command, checkpoint, capsys):
+    build_type("zamba2").save_pretrained(checkpoint / "other")
+    gpt_like().save_pretrained(checkpoint / "other")
+    first, *options = command.split()
+    capsys.readouterr()
+    assert main([first, str(checkpoint / "other"), *options, "--output", str(checkpoint / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "model: expected a separate weight for each matrix" in " ".join(shown.err.split())
+    assert not any(word in shown.out + shown.err for word in ("perplexity", "comparison", "training for"))
 
 
 def test_a_model_of_text_and_images_is_estimated_whole():
