@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_ADAPTER = (
+    "the adapter is part of the model alone: in a file of its own it would be loaded onto the base of the input, which "
+    "is an adapter, too, and lack that one; for such a file, merge the input first (merge_and_unload of PEFT)"
+)
 IN_PYTHON = "hf_cod.owlore with Trainer"  # for other models than those of the command
 
 
@@ -197,6 +201,8 @@ def _expected(
 def _saved(trained: Any, whole: WholeCheckpoint, adapters: bool, results: Path) -> tuple[Any, list[str]]:
     """Saves the trained model; for adapters, saves the adapters and the merged model.
 
+    Adapters on a model that was itself an adapter are not saved apart: they would be loaded onto its base alone.
+
     Adapters cannot be merged into a quantized base model. They are then saved instead of the model, as Trainer does;
     transformers loads them with the base model that they name.
 
@@ -204,9 +210,10 @@ def _saved(trained: Any, whole: WholeCheckpoint, adapters: bool, results: Path) 
         The saved model, and notes for the report.
     """
     if adapters and not getattr(trained.get_base_model(), "is_quantized", False):
-        trained.save_pretrained(results / "adapter")
+        if whole.base is None:
+            trained.save_pretrained(results / "adapter")
         trained = trained.merge_and_unload()
-    return trained, whole.save(trained, results)
+    return trained, [*whole.save(trained, results), *([] if whole.base is None or not adapters else [_NO_ADAPTER])]
 
 
 def _report(
