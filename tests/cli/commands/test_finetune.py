@@ -76,7 +76,10 @@ def test_what_never_trains_is_told_once(checkpoint, capsys):
     shown = capsys.readouterr()
     assert shown.err.count("of its weights never train") == 1
     told = "24 matrices, 8 of them in banks of experts, with adapters: "
-    assert [note.startswith(told) for note in RunReport.load(checkpoint / "out").notes if "adapters" in note] == [True, False]
+    assert [note.startswith(told) for note in RunReport.load(checkpoint / "out").notes if "adapters" in note] == [
+        True,
+        False,
+    ]
     assert f"note: {told}" in " ".join(shown.out.split())
 
 
