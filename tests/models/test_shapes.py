@@ -308,7 +308,7 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     class Own(LlamaForCausalLM):
         pass
 
-    with pytest.raises(ValueError, match="model: expected a class of transformers or hf_cod, .*, got Own"):
+    with pytest.raises(ValueError, match=r"model: expected a class of transformers or hf_cod, .*, got Own"):
         record_shapes(Own(build("llama").config), LLAMA)
 
 
