@@ -96,7 +96,7 @@ def run(
     plan = step.plan(work)
     if plan is None:
         return None
-    baselines = step.baselines(work, plan)
+    baselines, untold = _comparable(step.baselines(work, plan), work, perplexity["intact"])
     for name, other in baselines.items():
         say(f"for comparison: {BASELINES[name]} (omitted with --no-baseline)")
         step.apply(work, other)
@@ -114,7 +114,7 @@ def run(
         perplexity[made] = work.perplexity()
         step.train(work)
     notes = [*trained_on(source, text, step.samples().eval_text), *_save(output.results, work, step.files(plan))]
-    report = replace(report, notes=[*report.notes, *notes])
+    report = replace(report, notes=[*report.notes, *untold, *notes])
     work.reload(output.results)
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
@@ -125,6 +125,15 @@ def run(
         measured["fallback"] = fallback
     measured |= work.limit.results()
     return with_inputs(_complete(report, step, work, plan, measured, scores_file), loading, text)
+
+
+def _comparable(baselines: dict[str, Any], work: Work, intact: float | None) -> tuple[dict[str, Any], list[str]]:
+    """The baselines, none where no perplexity compares them with the plan; and a note on that."""
+    if intact is not None:
+        return baselines, []
+    told = f"perplexity is not measured, because {type(work.stack.model).__name__} is no language model"
+    compared = "; the plan by score was not compared with " + " and ".join(BASELINES[name] for name in baselines)
+    return {}, [told + (compared if baselines else "")]
 
 
 def _complete(

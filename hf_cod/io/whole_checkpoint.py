@@ -39,9 +39,14 @@ class WholeCheckpoint:
         model: the loaded model, not changed yet; flags of its generation config that have no effect are removed.
         tokenizer: its tokenizer; None if it has none.
 
+    Attributes:
+        base: the base of the adapter that the model was loaded from, which is merged; None if it was no adapter.
+
     Raises:
         ValueError: the generation config cannot be saved, or the Hub did not answer.
     """
+
+    base: str | None = None
 
     def __init__(self, name: str, loading: ModelSettings, model: Any, tokenizer: Any) -> None:
         self._name, self._tokenizer = name, tokenizer
@@ -51,7 +56,9 @@ class WholeCheckpoint:
         self._shapes, self._promised = _shapes(model.config), promises(model.config)
         for source, options in _sources(name, loading):
             self._files |= find_companions(source, options["revision"], (*WITH_CODE, CONFIG))
-            if base_of(source) is None:
+            base = base_of(source)
+            self.base = base or self.base
+            if base is None:
                 self._unread |= unread_weights(model, weight_files(source, options))
 
     def save(self, model: Any, directory: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,9 +59,36 @@ def check_writable(stack: DecoderLayers, factors: bool = False, in_files: bool =
         )
 
 
+def check_separate(stack: DecoderLayers, names: Collection[str] | None = None) -> None:
+    """Checks that each matrix has a weight of its own; before the weights are loaded, too.
+
+    Args:
+        stack: the layers.
+        names: of the matrices; None: all.
+
+    Raises:
+        ValueError: a weight that two matrices share (or a matrix and an embedding); says which.
+    """
+    known = _names_of_weights(stack.model)
+    for index in range(len(stack)):
+        _check_separate(stack, index, known, names)
+
+
+def _check_separate(
+    stack: DecoderLayers, index: int, known: Mapping[int, list[str]], names: Collection[str] | None = None
+) -> None:
+    """Checks one layer, as `check_separate`; `known` is the result of `_names_of_weights`."""
+    for name, weight in _parameters(stack, index, factors=True):
+        first, *others = known.get(id(weight), [""])
+        if others and (names is None or name in names):
+            raise ValueError(
+                f"model: expected a separate weight for each matrix, got {first}, which is shared with {others[0]}; "
+                "exclude such matrices"
+            )
+
+
 def _check_layer(stack: DecoderLayers, index: int, factors: bool) -> None:
     """Checks one layer, as `check_writable`."""
-    names = _names_of_weights(stack.model)
     adapter = next((n for n, m in stack[index].named_modules() if hasattr(m, "base_layer")), None)
     if adapter is not None:
         raise ValueError(
@@ -70,12 +97,8 @@ def _check_layer(stack: DecoderLayers, index: int, factors: bool) -> None:
         )
     for name, weight in _parameters(stack, index, factors):
         _check_plain(name, weight)
-        shared = [other for other in names[id(weight)] if other != names[id(weight)][0]]
-        if shared:
-            raise ValueError(
-                f"model: expected a separate weight for each matrix, got {names[id(weight)][0]}, which is shared "
-                f"with {shared[0]}"
-            )
+    _check_separate(stack, index, _names_of_weights(stack.model))
+    for name, weight in _parameters(stack, index, factors):
         if not weight.isfinite().all():
             raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
 
@@ -130,9 +153,16 @@ def _check_plain(name: str, weight: Any) -> None:
 
 
 def _names_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Identity of a weight -> its names; before the weights are loaded, also those that it will be tied to."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        mine, other = parameters.get(name), parameters.get(source)
+        if mine is not None and other is not None and mine is not other and mine.is_meta:
+            names[id(other)].append(name)
+            names[id(mine)].insert(0, source)
     return names
 
 
@@ -146,9 +176,13 @@ def is_pruned(weight: Tensor) -> bool:
 
 
 def pruned_matrices(stack: DecoderLayers) -> list[nn.Parameter]:
-    """Weights of the layers' matrices, banks of experts included, that are pruned."""
+    """Weights of the layers' matrices, banks of experts included, that are pruned.
+
+    A weight in no matrix that is zero as a whole is none: gates and biases of several dimensions start so.
+    """
     found = [p for layer in stack for p in layer.parameters() if p.dim() > 1 and p.is_floating_point()]
-    return [p for p in found if is_pruned(p)]
+    matrices = {id(weight) for index in range(len(stack)) for _, weight in _parameters(stack, index, factors=True)}
+    return [p for p in found if is_pruned(p) and (id(p) in matrices or bool(p.any()))]
 
 
 logger = logging.getLogger(__name__)

@@ -63,7 +63,7 @@ class ShapedConfig(PreTrainedConfig):
 @cache
 def shaped_config(base: Any) -> Any:
     """The configuration class with shapes for a family's configuration class; the first call registers its models."""
-    from .modeling_shaped import heads_of
+    from .modeling_shaped import auto_classes, heads_of
 
     contents = {
         "__module__": __name__,
@@ -77,7 +77,7 @@ def shaped_config(base: Any) -> Any:
     }
     made = type(PREFIX + base.__name__, (ShapedFields, base), contents)
     for auto, model in heads_of(made).items():
-        getattr(transformers, auto).register(made, model, exist_ok=True)
+        auto_classes()[auto].register(made, model, exist_ok=True)
     return made
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_shaped import PREFIX, shaped_config
@@ -18,20 +19,6 @@ from .shapes import FamilyCode, ShapedModel
 
 # Before the name of a class of transformers, of a model inside of a shaped one.
 INNER = "Inner"
-# The Auto classes that can load such a model, as far as its family has the head.
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice",
-    "AutoModelForImageClassification",
-    "AutoModelForImageTextToText",
-)
 
 
 class FamilyModel(ShapedModel):
@@ -85,6 +72,13 @@ def shaped_model(base: Any, config_class: Any) -> Any:
     return type(PREFIX + base.__name__, (FamilyModel, base), contents)
 
 
+@cache
+def auto_classes() -> dict[str, Any]:
+    """Name -> Auto class, of all that transformers has for models; `AutoModel` is the first."""
+    found = {name: getattr(modeling_auto, name) for name in ("AutoModel", *modeling_auto.__all__)}
+    return {name: auto for name, auto in found.items() if isinstance(auto, type) and hasattr(auto, "_model_mapping")}
+
+
 def heads_of(config_class: Any) -> dict[str, Any]:
     """Auto class -> the model class that it loads for a configuration class of `shaped_config`."""
     heads: dict[str, Any] = {}
@@ -96,8 +90,11 @@ def heads_of(config_class: Any) -> dict[str, Any]:
 def stock_heads(config_class: Any) -> list[tuple[str, Any]]:
     """(Auto class, model class) of each head of a configuration class of transformers."""
     heads = []
-    for name in AUTO_CLASSES:
-        found = getattr(transformers, name)._model_mapping.get(config_class, None)
+    for name, auto in auto_classes().items():
+        try:
+            found = auto._model_mapping.get(config_class, None)
+        except ValueError:  # a mapping may name a class that its version of transformers does not have
+            found = None
         heads += [(name, base) for base in (found if isinstance(found, tuple) else (found,)) if base is not None]
     return heads
 

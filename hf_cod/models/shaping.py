@@ -34,7 +34,8 @@ def check_shapeable(model: Any) -> None:
     if stock:
         known = {head.__name__ for _, head in stock_heads(type(model.config))}
         if name not in known:
-            raise ValueError(f"model: expected one of {', '.join(sorted(known))}, which Auto classes load, got {name}")
+            wanted = f"one of {', '.join(sorted(known))}" if known else f"a class of {family}"
+            raise ValueError(f"model: expected {wanted}, which Auto classes load, got {name}")
 
 
 def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from hf_cod import LayerScores, find_decoder_layers, perplexity
 from hf_cod.cli.compression import compress
@@ -229,6 +230,22 @@ def test_a_choice_of_modules_is_applied_recorded_and_part_of_the_run(command, ch
     assert any("down_proj" in name for name in changed)
     assert main([*arguments, "--exclude", "q_prj", "--output", str(checkpoint / "other")]) == 2
     assert "exclude: expected names of the layers' matrices, such as q_proj" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["prune --method magnitude", "narrow --channel-multiple 8 --no-speed", "quantize --bits 6.5"]
+)
+def test_a_classifier_has_no_perplexity_and_no_baselines_and_a_note_says_so(command, checkpoint, capsys):
+    config = build("llama").config
+    config.num_labels, config.pad_token_id = 3, 0
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(checkpoint / "model")
+    first, *more = command.split()
+    output = checkpoint / "out"
+    told = [str(checkpoint / "model"), *more, "--text", str(checkpoint / "text.txt"), "--output", str(output)]
+    assert main([first, *told, *QUICK, "--no-plots"]) == 0
+    assert "for comparison" not in capsys.readouterr().out
+    (note,) = [note for note in RunReport.load(output).notes if note.startswith("perplexity is not measured")]
+    assert "LlamaForSequenceClassification is no language model; the plan by score was not compared with" in note
 
 
 def _same(model, name, parameter):

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_ADAPTER = (
+    "the adapter is part of the model alone: in a file of its own it would be loaded onto the base of the input, which "
+    "is an adapter, too, and lack that one; for such a file, merge the input first (merge_and_unload of PEFT)"
+)
 IN_PYTHON = "hf_cod.owlore with Trainer"  # for other models than those of the command
 
 
@@ -141,13 +145,14 @@ def _loaded(
     from hf_cod.io.reading import read_text
     from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.checks import check_length
+    from hf_cod.training.runs.methods import check_weights
 
     model, tokenizer = load_with_tokenizer(source, loading, IN_PYTHON)
     _check_task(model)
     if text.chat_template is not None:
         tokenizer.chat_template = read_text(text.chat_template, "chat_template")
     check_length(model, settings.sequence_length)
-    _check_weights(model, settings.method)
+    check_weights(model, settings.method, sampling)
     _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error
     return model, tokenizer, WholeCheckpoint(source, loading, model, tokenizer)
 
@@ -167,31 +172,6 @@ def _check_task(model: Any) -> None:
         raise ValueError(
             f"model: expected a causal language model, which finetune trains on text, got {got}; use {IN_PYTHON} and a "
             "data collator that makes its labels"
-        )
-
-
-def _check_weights(model: Any, method: str) -> None:
-    """Checks that the method can train the weights as they are stored; warns about zeros that training fills.
-
-    Raises:
-        ValueError: the weights are quantized or packed, and the method has no adapters; or the model changes its
-            weights by itself.
-    """
-    from hf_cod.layers.checks import pruned_matrices
-    from hf_cod.layers.direct_use import check_unwritten
-    from hf_cod.layers.stack import find_decoder_layers
-    from hf_cod.training.runs.methods import METHODS
-
-    if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
-        beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
-        raise ValueError(f"method: expected one with adapters ({beside}) for quantized or packed weights, got {method}")
-    stack = find_decoder_layers(model)
-    check_unwritten(stack.model)
-    pruned = pruned_matrices(stack)
-    if pruned:
-        logger.warning(
-            "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",
-            len(pruned),
         )
 
 
@@ -221,6 +201,8 @@ def _expected(
 def _saved(trained: Any, whole: WholeCheckpoint, adapters: bool, results: Path) -> tuple[Any, list[str]]:
     """Saves the trained model; for adapters, saves the adapters and the merged model.
 
+    Adapters on a model that was itself an adapter are not saved apart: they would be loaded onto its base alone.
+
     Adapters cannot be merged into a quantized base model. They are then saved instead of the model, as Trainer does;
     transformers loads them with the base model that they name.
 
@@ -228,9 +210,10 @@ def _saved(trained: Any, whole: WholeCheckpoint, adapters: bool, results: Path) 
         The saved model, and notes for the report.
     """
     if adapters and not getattr(trained.get_base_model(), "is_quantized", False):
-        trained.save_pretrained(results / "adapter")
+        if whole.base is None:
+            trained.save_pretrained(results / "adapter")
         trained = trained.merge_and_unload()
-    return trained, whole.save(trained, results)
+    return trained, [*whole.save(trained, results), *([] if whole.base is None or not adapters else [_NO_ADAPTER])]
 
 
 def _report(

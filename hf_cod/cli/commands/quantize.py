@@ -157,12 +157,17 @@ class Quantize(Step):
         return Copies(14, products=True) if self.settings.rounding == "compensated" else Copies(14)
 
     def check(self, work: Work) -> None:
-        """Checks that a mixture with these bits exists for the shapes of the model, and that it can be loaded again."""
+        """Checks that the matrices can be replaced, that a mixture with these bits exists for their shapes, and that it
+        can be loaded again.
+        """
         from hf_cod.compression.quantization.plan import plan_bits
+        from hf_cod.layers.checks import check_writable
         from hf_cod.models.stored_config import check_storable
 
         check_storable(work.model)
-        plan_bits(self._stack(work), self.settings.bits, self._storage(), None, self.settings.skip)
+        stack = self._stack(work)
+        check_writable(stack, in_files=True)
+        plan_bits(stack, self.settings.bits, self._storage(), None, self.settings.skip)
 
     def plan(self, work: Work) -> LayerAllocation:
         """The bits of each layer; layers are scored only if they get different bits."""

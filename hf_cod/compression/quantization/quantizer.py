@@ -27,6 +27,7 @@ from hf_cod.compression.quantization.stored_modules import (
 )
 from hf_cod.compression.quantization.widths import Width, is_width, widths_of
 from hf_cod.functional.bits import SCALE_BITS
+from hf_cod.layers.checks import check_separate
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.experts import ExpertMatrix, expert_matrices
 from hf_cod.layers.module_choice import choose_modules
@@ -73,6 +74,7 @@ class OwlBnbQuantizer(HfQuantizer):
         if config.statistics is not None:
             config.statistics.check(stack)
         stack = choose_modules(stack, config).stack
+        check_separate(stack)
         use = check_unwritten(stack.model)
         plan = plan_by(stack, config)
         self.statistics = config.statistics

@@ -40,15 +40,31 @@ def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]
         if told:
             raise ValueError(
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
-                f"of which it would build layer {index} differently ({told}); {_way_out(told, index)}, or use skip"
+                f"of which it would build layer {index} differently ({told}); {_way_out(told, index, stack, rebuilt)}, "
+                "or use skip"
             )
 
 
-def _way_out(told: Difference, index: int) -> str:
+def _way_out(told: Difference, index: int, stack: DecoderLayers, rebuilt: DecoderLayers) -> str:
     """Which layers can be removed where a kept layer at `index` differs from the one that the config builds."""
     if type(told.mine) is int and told.other == index and told.mine != index:
         return "each layer holds its own index there, so only the last layers can be removed"
-    return "remove whole periods of the pattern of layers"
+    mine, others = (_values(layers, told.place) for layers in (stack, rebuilt))
+    if told.other in mine:
+        return "remove whole periods of the pattern of layers"
+    if type(told.other) not in (int, float):
+        return f"keep the layers in which it is {told.other!r}"
+    if {*mine} == {told.mine} and {*others} == {told.other}:
+        return "it follows from the number of layers, so none can be removed"
+    return "it follows from the place of a layer, so at most the last layers can be removed"
+
+
+def _values(stack: DecoderLayers, place: str) -> list[Any]:
+    """What the layers have at the place of a difference, without those that have nothing there."""
+    name, _, key = place.rpartition(".")
+    modules = [found for layer in stack if (found := dict(walk(layer, "layer")).get(name)) is not None]
+    values = [_kind(module) if key == "class" else _description(module).get(key) for module in modules]
+    return [value for value in values if value is not None]
 
 
 def scale_numbers(stack: DecoderLayers, changes: Changes) -> bool:
@@ -146,8 +162,12 @@ class Difference:
 
 
 def differences(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> Iterator[Difference]:
-    """The modules, weights and plain settings in which two layers differ; adapters do not count."""
+    """The modules, weights and plain settings in which two layers differ; adapters do not count, nor modules that
+    return their input in eval mode, such as dropout of paths, whose rate is a matter of training.
+    """
     for name in dict.fromkeys([*other, *mine]):
+        if returns_input(mine.get(name)) and returns_input(other.get(name)):
+            continue
         here = _description(mine[name]) if name in mine else {}
         there = _description(other[name]) if name in other else {}
         for key in here.keys() | there.keys():
@@ -156,6 +176,22 @@ def differences(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -
         kinds = (_kind(mine.get(name)), _kind(other.get(name)))
         if None not in kinds and kinds[0] != kinds[1]:
             yield Difference(f"{name}.class", *kinds)
+
+
+def returns_input(module: nn.Module | None) -> bool:
+    """Whether a module without weights and parts returns its input in eval mode: each number of a tensor, the smallest
+    and the largest ones included, so that a limit would be found.
+    """
+    if module is None or any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
+        return False
+    powers = 10.0 ** torch.arange(-30, 31, dtype=torch.float32)
+    numbers = torch.cat([powers, -powers]).view(1, 2, -1)
+    try:
+        with torch.no_grad():
+            returned = copy.deepcopy(module).eval()(numbers)
+    except Exception:  # whatever a module raises that takes no single tensor
+        return False
+    return isinstance(returned, torch.Tensor) and torch.equal(returned, numbers)
 
 
 def _equal(one: Any, other: Any) -> bool:

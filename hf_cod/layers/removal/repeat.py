@@ -18,6 +18,8 @@ WORDS = {
     "kept layer": "layer",
     "remove whole periods": "repeat whole periods",
     "so only the last layers can be removed": "so layers cannot be repeated",
+    "so at most the last layers can be removed": "so layers cannot be repeated",
+    "so none can be removed": "so layers cannot be repeated",
     "remove layers of the decoder": "repeat layers of the encoder",
     "use skip": "use repeated",
 }

@@ -19,6 +19,7 @@ from hf_cod.io.peft_names import is_misread
 from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
 from hf_cod.layers.adaptable_banks import why_not_adaptable
+from hf_cod.layers.checks import check_separate
 from hf_cod.layers.devices import check_not_offloaded
 from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.experts import ExpertMatrix
@@ -128,15 +129,14 @@ class OwLoreModel(BaseTuner):
         banks = _banks(stack)
         if not found and not banks:
             told = f": {next(iter(self._excluded.values()))}" if self._excluded else ""
-            raise ValueError(
-                f"target_modules: expected matrices in the layers that adapters can be added to, got none{told}"
-            )
+            raise ValueError(f"target_modules: expected matrices of the layers that can get adapters, got none{told}")
         if peft_config.target_modules is None and peft_config.target_parameters is None:
             for name, reason in self._excluded.items():
                 logger.warning("%s gets no adapter: %s", name, reason)
             peft_config.target_modules = set(found)  # PEFT shortens the names to unique suffixes
             chosen = [matrix for name, matrix in banks.items() if not self._is_excluded(peft_config, name)]
             peft_config.target_parameters = {matrix.name for matrix in chosen} or None
+            check_separate(stack, {name for name in (*found, *banks) if not self._is_excluded(peft_config, name)})
             inside = {id(p) for module in found.values() for p in module.parameters()}
             inside.update(id(matrix.parameter) for matrix in chosen)
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
@@ -228,6 +228,7 @@ class OwLoreModel(BaseTuner):
             )
         if name in self._excluded:
             raise ValueError(f"target_modules: expected other matrices than {name}: {self._excluded[name]}")
+        check_separate(stack, {name})
 
 
 def _banks(stack: DecoderLayers) -> dict[str, ExpertMatrix]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -31,6 +32,7 @@ class AdapterTargets:
         banks: matrices of banks of experts that do. Each expert's matrix gets a product of the adapter's rank.
         left: matrices that get none.
         reasons: name of a matrix in `left` -> the reason.
+        others: class of module -> number of weights of the layers in no matrix, which get none either.
         misread: the names in `modules` that PEFT misreads, see `is_misread`.
     """
 
@@ -39,6 +41,7 @@ class AdapterTargets:
     left: Mapping[str, int] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     misread: Collection[str] = ()
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def for_lora(self) -> dict[str, Any]:
         """`target_modules` and `target_parameters` of PEFT's LoraConfig.
@@ -50,12 +53,7 @@ class AdapterTargets:
         return {"target_modules": modules, "target_parameters": parameters or None}
 
     def notes(self) -> list[str]:
-        """Sentences for a report that count the matrices with adapters, and name those without.
-
-        None if all matrices are modules with an adapter.
-        """
-        if not self.left and not self.banks:
-            return []
+        """Sentences for a report that count the matrices with adapters, and name those without."""
         adapted = sum(self.modules.values()) + sum(self.banks.values())
         total = adapted + sum(self.left.values())
         banks = f", {len(self.banks)} of them in banks of experts," if self.banks else ""
@@ -68,6 +66,10 @@ class AdapterTargets:
             weights = sum(self.left[name] for name in names)
             told = f"{_count(len(names))} of {weights:,} weights without adapters ({reason})"
             notes.append(f"{told}: {'; '.join(by_place(names))}")
+        if self.others:
+            kinds = ", ".join(f"{name} ({weights:,})" for name, weights in sorted(self.others.items()))
+            told = f"{sum(self.others.values()):,} weights of the layers without adapters"
+            notes.append(f"{told}, because they are in no matrix: {kinds}")
         return notes
 
 
@@ -110,6 +112,7 @@ def adapter_targets(stack: DecoderLayers, lora: bool = True) -> AdapterTargets:
         {name: size for name, size in sizes.items() if name in reasons},
         {name: reasons[name] for name in sizes if name in reasons},
         [name for name in misread if name in found],
+        sum((stack.other_weights(index) for index in range(len(stack))), Counter[str]()),
     )
 
 

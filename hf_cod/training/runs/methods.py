@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from hf_cod.io.module_names import FIELDS
+from hf_cod.layers.checks import check_separate, pruned_matrices
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.input_gradients import require_input_gradients
 from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -23,6 +26,8 @@ from hf_cod.training.owlore.trainer_arguments import owlore
 from hf_cod.training.runs.adapter_targets import adapter_targets
 from hf_cod.training.runs.new_adapters import require_peft, with_adapters
 from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, FIXED, LEARNING_RATES
+
+logger = logging.getLogger(__name__)
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
 """(model, scores, settings, learning rate, LoRA's rank) -> (model to train, Trainer's optimizer_cls_and_kwargs)."""
@@ -121,6 +126,29 @@ def check_method(method: str, settings: OwLoreSettings) -> None:
         check_beside_adapters(settings, but=("rank", *FIELDS))
     if settings.moments == "8bit":
         codebook(signed=True)
+
+
+def check_weights(model: nn.Module, method: str, settings: OwLoreSettings) -> None:
+    """Checks that a method can train the weights as they are stored; warns about zeros that training fills.
+
+    Raises:
+        ValueError: the weights are quantized or packed, and the method has no adapters; matrices share a weight, and
+            it has: adapters of one matrix, merged, would change the others; or the model changes its weights by itself.
+    """
+    adapters = METHODS[method].adapters
+    if getattr(model, "is_quantized", False) and not adapters:
+        beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
+        raise ValueError(f"method: expected one with adapters ({beside}) for quantized or packed weights, got {method}")
+    stack = find_decoder_layers(model)
+    if adapters:
+        check_separate(choose_modules(stack, settings).stack)
+    check_unwritten(stack.model)
+    pruned = pruned_matrices(stack)
+    if pruned:
+        logger.warning(
+            "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",
+            len(pruned),
+        )
 
 
 METHODS: dict[str, Method] = {

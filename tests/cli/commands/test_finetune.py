@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
     T5Config,
 )
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import LayerScores, OwlBnbConfig, RunReport, pack_sparse, perplexity, prune, quantize, score_layers
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
@@ -74,7 +76,10 @@ def test_what_never_trains_is_told_once(checkpoint, capsys):
     shown = capsys.readouterr()
     assert shown.err.count("of its weights never train") == 1
     told = "24 matrices, 8 of them in banks of experts, with adapters: "
-    assert [note.startswith(told) for note in RunReport.load(checkpoint / "out").notes if "adapters" in note] == [True]
+    assert [note.startswith(told) for note in RunReport.load(checkpoint / "out").notes if "adapters" in note] == [
+        True,
+        False,
+    ]
     assert f"note: {told}" in " ".join(shown.out.split())
 
 
@@ -95,7 +100,8 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     assert "Perplexity goes from" in capsys.readouterr().out
     report = RunReport.load(output)
     found = report.results["perplexity"]
-    assert found["after"] < found["before"] and report.notes == []
+    assert found["after"] < found["before"]
+    assert [" with adapters: " in note for note in report.notes] == [True] * METHODS[method].adapters
     assert [step for step, _ in report.results["curve"]] == [2, 4, 6, 8, 10]
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -391,6 +397,39 @@ def test_what_does_not_continue_text_is_named_with_what_trains_it(make, kind, ch
     assert not (output / "report.json").exists()
     assert main(["finetune", str(model), "--estimate"]) in (0, 2)
     assert "Unrecognized" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora", "owlore-peft"])
+def test_an_adapter_on_an_adapter_is_not_saved_without_it(method, checkpoint, capsys):
+    """Its file would name the base of the first one."""
+    torch.manual_seed(0)
+    base, input = checkpoint / "model", checkpoint / "input"
+    first = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2))
+    torch.nn.init.normal_(first.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    first.save_pretrained(input)
+    merged = first.merge_and_unload()
+    command = f"finetune {input} --text {checkpoint / 'text.txt'} --steps 1 --batch-size 2 --sequence-length 8"
+    more = ["--rank", "2", "--n-active", "1"] if method == "owlore-peft" else []
+    command = [*command.split(), "--method", method, "--eval-samples", "4", "--no-plots", *more]
+    assert main([*command, "--learning-rate", "1e-12", "--output", str(checkpoint / "out")]) == 0
+    ids = torch.arange(3, 12)[None]
+    again = AutoModelForCausalLM.from_pretrained(checkpoint / "out")
+    torch.testing.assert_close(again(ids).logits, merged(ids).logits)
+    assert not [*(checkpoint / "out").rglob("adapter_config.json")]
+    notes = RunReport.load(checkpoint / "out").notes
+    assert any(note.startswith("the adapter is part of the model alone") for note in notes)
+
+
+@pytest.mark.parametrize("command", ["finetune --method lora", "finetune --method owlore-peft --rank 4", "quantize"])
+def test_shared_weights_are_refused_before_any_work(command, checkpoint, capsys):
+    build_type("zamba2").save_pretrained(checkpoint / "other")
+    gpt_like().save_pretrained(checkpoint / "other")
+    first, *options = command.split()
+    capsys.readouterr()
+    assert main([first, str(checkpoint / "other"), *options, "--output", str(checkpoint / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "model: expected a separate weight for each matrix" in " ".join(shown.err.split())
+    assert not any(word in shown.out + shown.err for word in ("perplexity", "comparison", "training for"))
 
 
 def test_a_model_of_text_and_images_is_estimated_whole():

@@ -122,6 +122,17 @@ def test_what_is_quantized_while_loading_is_what_is_quantized_in_memory(family, 
     assert torch.equal(outputs(auto_of(family).from_pretrained(tmp_path / "stored")), outputs(model))
 
 
+def test_shared_weights_are_refused_while_loading_too(tmp_path):
+    """Files have a shared tensor once, so that a reload would lack the other one's codes and scales."""
+    build_type("zamba2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model: expected a separate weight .*shared_transformer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=OwlBnbConfig(bits=4))
+    config = OwlBnbConfig(bits=4, exclude=r".*shared_transformer.*")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    loaded.save_pretrained(tmp_path / "stored")
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "stored")), outputs(loaded))
+
+
 def test_scores_and_statistics_serve_while_loading(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from examples.tiny_architectures import tiny_config
+from examples.tiny_architectures import build, tiny_config
 from hf_cod import drop, plan_depth
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 
@@ -80,6 +80,50 @@ def test_a_set_of_layers_that_is_passed_over_is_named(caplog):
     plan = plan_depth(model, 2, batches=[batch], protect=False)
     assert plan.candidates["greedy"]["layers"] == [0, 2] and plan.chosen == ["angular"]
     assert "layers 0, 2 are not removed together: layers: expected kept layers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed", "way"),
+    [
+        ("minimax", [2, 3], "it follows from the number of layers, so none can be removed"),  # a whole period
+        ("diffllama", [0], "it follows from the place of a layer, so at most the last layers can be removed"),
+        ("afmoe", [0], "keep the layers in which it is False"),
+    ],
+)
+def test_the_way_out_is_one(kind, removed, way):
+    model = build(kind)
+    with pytest.raises(ValueError, match=rf"^layers: expected kept layers .*; {way}, or use skip$"):
+        drop(model, removed)
+    kept = {"diffllama": [3], "afmoe": [3]}.get(kind)
+    if kept is not None:
+        drop(model, kept)
+
+
+class Limit(torch.nn.Module):
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def forward(self, x):
+        return x.clamp(-self.most, self.most)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_returns_its_input_in_eval_mode_is_no_difference(changed, tmp_path):
+    """The rates of BEiT's dropout of paths follow from the number of layers."""
+    model = build("vision/beit")
+    layer = model.base_model.layers[2]
+    if changed:  # a limit that only large numbers reach
+        layer.drop_path = Limit(1e6)
+        with pytest.raises(ValueError, match=r"drop_path\.(most|drop_prob) is"):
+            drop(model, [1])
+        return
+    assert layer.drop_path.drop_prob > 0
+    drop(model, [1])
+    model.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, model.config.image_size, model.config.image_size)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(images).logits, model.eval()(images).logits) and len(again.base_model.layers) == 3
 
 
 def test_layers_that_hold_their_own_index_under_another_name():

@@ -10,6 +10,7 @@ from peft.tuners.lora import save_as_lora
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
 from hf_cod.training.adapters import registry
 from hf_cod.training.owlore.increment import Increment
@@ -489,6 +490,16 @@ def test_an_export_that_would_load_into_experts_is_refused(tmp_path):
         save_as_lora(tmp_path, adapted("deepseek_v3"), rank=4)
     attention = adapted("deepseek_v3", target_modules=["o_proj"])
     save_as_lora(tmp_path, attention, rank=4)
+
+
+def test_adapters_of_shared_weights_are_refused():
+    """Each use would get an adapter of its own, and merging would add all of them to the one weight."""
+    message = "^model: expected a separate weight for each matrix, got .*shared_transformer"
+    for config in (OwLoreConfig(r=4), OwLoreConfig(r=4, target_modules=["q_proj"])):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(build_type("zamba2"), config)
+    model = get_peft_model(build_type("zamba2"), OwLoreConfig(r=4, target_modules=["in_proj"]))
+    assert any("owlore_increment" in name for name, _ in model.named_parameters())
 
 
 def test_experts_without_adapters_are_told(caplog):

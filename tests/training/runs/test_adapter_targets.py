@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import LayerScores, OwLoreAdamW, find_decoder_layers, lora_ranks, perplexity, quantize
 from hf_cod.io.packing import pack
 from hf_cod.io.text import embedded_text
-from hf_cod.layers.checks import sizes_of
+from hf_cod.layers.checks import pruned_matrices, sizes_of
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.adapter_targets import adapter_targets
 from hf_cod.training.runs.methods import adapter_notes, set_up
@@ -166,13 +167,36 @@ def test_only_the_sampled_layers_banks_train():
 def test_notes_count_what_has_adapters_and_what_has_none():
     note = lambda kind, method: adapter_notes(method, find_decoder_layers(build_mixture(kind)), OwLoreSettings())  # noqa: E731
     assert note("mixtral", "lora") == [
-        "24 matrices, 8 of them in banks of experts, with adapters: 159,744 of 159,744 weights (100.0%)"
+        "24 matrices, 8 of them in banks of experts, with adapters: 159,744 of 159,744 weights (100.0%)",
+        "512 weights of the layers without adapters, because they are in no matrix: MixtralTopKRouter (512)",
     ]
     assert note("mixtral", "full") == []
     assert note("mixtral", "owlore-peft") == note("mixtral", "lora")
     stacked, routers = note("dbrx", "lora")[1], note("llama4_text", "lora")[1]
     assert stacked.startswith("12 matrices of 73,728 weights without adapters (experts stacked in a parameter of two")
     assert routers.startswith("4 matrices of 512 weights without adapters (a Llama4Router, whose output is more than")
+
+
+@pytest.mark.parametrize("method", ["lora", "owlore-peft"])
+def test_notes_count_without_banks_too(method):
+    """The gates of the recurrence are three-dimensional weights in no matrix."""
+    stack = find_decoder_layers(build_type("recurrent_gemma"))
+    counted, *others = adapter_notes(method, stack, OwLoreSettings())
+    total = sum(stack.count_weights(index) for index in range(len(stack)))
+    assert counted.endswith(f"with adapters: {total:,} of {total:,} weights (100.0%)")
+    gates = sum(p.numel() for name, p in stack.model.named_parameters() if "rg_lru" in name and p.dim() == 3)
+    assert len(others) == 1 and f"RecurrentGemmaRglru ({gates:,})" in others[0]
+
+
+def test_gates_that_start_at_zero_are_not_pruned():
+    stack = find_decoder_layers(build_type("recurrent_gemma"))
+    biases = [p for name, p in stack.model.named_parameters() if name.endswith("gate_bias")]
+    for bias in biases:
+        bias.data.zero_()
+    assert biases[0].dim() == 2 and pruned_matrices(stack) == []
+    matrix = next(iter(stack.linears(0).values())).weight
+    matrix.data.zero_()
+    assert [id(p) for p in pruned_matrices(stack)] == [id(matrix)]
 
 
 def test_packed_banks_have_none_beside_matrices_that_do():
