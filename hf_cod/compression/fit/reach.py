@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from hf_cod.compression.fit.settings import KINDS
 from hf_cod.compression.quantization.quantizable import quantizable
 from hf_cod.compression.quantization.settings import StorageSettings
@@ -26,11 +30,12 @@ def fixed_share(stack: DecoderLayers, kind: str) -> float:
     """
     assert kind in KINDS
     reasons = direct_use(stack.model).reasons
-    modules = [m for i in range(len(stack)) for name, m in stack.linears(i).items() if name in reasons]
+    linears: list[tuple[str, Any]] = [item for index in range(len(stack)) for item in stack.linears(index).items()]
+    weights: list[Tensor] = [module.weight for name, module in linears if name in reasons]
     size = size_of(stack.model, stack.layers_path)
     if kind == "parameter_share":
-        return sum(m.weight.numel() for m in modules) / size.layer_weights
-    return sum(m.weight.nbytes for m in modules) / size.layer_bytes
+        return sum(weight.numel() for weight in weights) / size.layer_weights
+    return sum(weight.nbytes for weight in weights) / size.layer_bytes
 
 
 def left_by_depth(stack: DecoderLayers, count: float) -> float:
