@@ -97,5 +97,6 @@ def describe_speed(results: dict[str, Any], after: str, before: str = "intact") 
         if old[part] is not None and new[part] is not None
     ]
     apart = "" if before == "teacher" else "; not timed side by side, so other load on the machine affects the ratio"
-    failed = f"; generation is not timed, since it fails ({new['failed']})" if "failed" in new else ""
+    error = new.get("generation_error")
+    failed = "" if error is None else f"; generation is not timed, since it fails ({error})"
     return [f"Tokens per second: {', '.join(figures)}{apart}{failed}."]

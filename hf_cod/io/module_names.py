@@ -123,4 +123,6 @@ def _no_match(field_name: str, pattern: str, names: Iterable[str], whole: bool) 
     told = f"{field_name}: expected names of the layers' matrices, such as {', '.join(near)}, got {pattern!r}"
     if whole and any(_of_name(pattern).fullmatch(name) for name in known):
         return f"{told}, which as a regular expression must match whole names; pass the list [{pattern!r}]"
-    return f"{told}, which matches none"
+    if whole or re.fullmatch(r"[\w.-]*", pattern):
+        return f"{told}, which matches none"
+    return f"{told}, which matches none: a list holds names; join expressions by | to one"

@@ -1,4 +1,5 @@
-"""Copies of single layers with random weights, on which structure is measured; the model itself is not changed."""
+"""Copies of single layers with random weights, on which structure is measured while the model is not changed; and
+copies of a layer's own weights."""
 
 from __future__ import annotations
 
@@ -270,3 +271,14 @@ def _plain(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_plain(each) for each in value)
     return value
+
+
+def own_weights(layer: nn.Module) -> None:
+    """Gives a layer copies of its weights and buffers; what is tied inside of it stays tied."""
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        both: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in both:
+            for name, tensor in [*held.items()]:
+                if tensor is not None:
+                    held[name] = copy.deepcopy(tensor, memo)

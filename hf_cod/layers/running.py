@@ -144,14 +144,17 @@ def are_tokens_first(shape: Sequence[int], samples: int, tokens: int | None, squ
 
 def one_vector(x: Tensor, samples: int, tokens: int | None, square: bool = False) -> Tensor:
     """(S, T, d): hidden states with one vector per token. The residual streams of a token, of a model that has several
-    (mHC, AltUp), become one vector, so that measures count what a layer does to each of them.
+    (mHC, AltUp), become one vector, so that measures count what a layer does to each of them. Packed tokens without a
+    sample axis, such as the patches of all images, are one sample.
 
     Args:
-        x: (S, T, d) or (T, S, d), or (S, T, n, d) or (n, S, T, d) with n streams.
+        x: (S, T, d) or (T, S, d), or (S, T, n, d) or (n, S, T, d) with n streams; or (N, d), packed, if T is unknown.
         samples: S.
         tokens: T, None if it is unknown.
         square: whether x is (T, S, d) if S = T.
     """
+    if x.dim() == 2 and tokens is None:
+        return x[None]
     if are_tokens_first(x.shape, samples, tokens, square):
         return x.transpose(0, 1)
     if x.dim() == 4 and len(x) == samples and tokens in (None, x.shape[1]):

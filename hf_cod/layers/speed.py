@@ -36,20 +36,20 @@ class ModelSpeed:
         prompt: tokens of the prompt processed per second.
         generation: tokens after the first one generated per second, one by one; empty for a model that does not
             generate.
-        failed: the error of a model that has `generate`, which fails; else None.
+        generation_error: the error of a model that has `generate`, which fails; else None.
     """
 
     prompt_tokens: int
     prompt: list[float]
     generation: list[float]
-    failed: str | None = None
+    generation_error: str | None = None
 
     def medians(self) -> dict[str, Any]:
         """Medians over rounds for reports: "prompt" and "generation" (None if there is none) in tokens per second, with
-        the conditions "prompt_tokens" and "threads" (of the CPU), and "failed" if generation fails.
+        the conditions "prompt_tokens" and "threads" (of the CPU), and "generation_error" if generation fails.
         """
         return {
-            **({} if self.failed is None else {"failed": self.failed}),
+            **({} if self.generation_error is None else {"generation_error": self.generation_error}),
             "prompt": statistics.median(self.prompt),
             "generation": statistics.median(self.generation) if self.generation else None,
             "prompt_tokens": self.prompt_tokens,
@@ -64,7 +64,8 @@ def measure_speed(
     greedily with a KV cache. One round for warm-up comes first.
 
     Because models take turns, their speeds can be compared on a busy machine as well: round by round, or by medians.
-    Models are not changed. A model whose `generate` fails processes prompts alone.
+    Models are not changed. A model whose `generate` fails processes prompts alone; if memory is exhausted, the error is
+    raised, because it says nothing about the model.
 
     Args:
         models: name -> layers of a model; the full model is measured.
@@ -84,6 +85,8 @@ def measure_speed(
                 with evaluation_mode(stack, repacking=True), torch.no_grad():
                     try:
                         reading = _seconds(stack.model, own, 0 if name in failed else tokens)
+                    except (MemoryError, torch.OutOfMemoryError):
+                        raise
                     except Exception as error:  # whatever transformers raises for a model that its cache does not fit
                         if seconds[name]:
                             raise

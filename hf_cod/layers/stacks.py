@@ -135,7 +135,12 @@ def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> st
             f"stack: expected one of {_described(stacks)} of {type(model).__name__}, or the name of a module list, got "
             f"{name!r}"
         )
-    raise ValueError(f"layers_path: expected the name of a module list, got {name!r}; {_describe(lists)}")
+    if "." in name:
+        raise ValueError(f"layers_path: expected the name of a module list, got {name!r}; {_describe(lists)}")
+    raise ValueError(
+        f"stack: expected none for {type(model).__name__}, which has one stack or stacks without names, or the name "
+        f"of a module list, got {name!r}; {_describe(lists)}"
+    )
 
 
 def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:

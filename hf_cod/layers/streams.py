@@ -41,19 +41,25 @@ def states_around(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any],
     return torch.cat([before[names[name]] for name in after], -1), torch.cat([*after.values()], -1)
 
 
-def check_states(stack: DecoderLayers, layer: int, x: Tensor, y: Tensor, samples: int) -> None:
+def check_states(stack: DecoderLayers, layer: int, x: Tensor, y: Tensor, samples: int, tokens: int | None) -> None:
     """Checks the hidden states before and after a layer, as (S, T, d).
+
+    Layers whose tokens are not those of the inputs, such as patches, may have other samples: all patches as one, or
+    several images or tiles for each sample of the batch.
 
     Args:
         stack: the layers.
         layer: index of the layer.
         x, y: its states.
-        samples: S.
+        samples: S of the batch.
+        tokens: T of the batch, None if it is unknown.
 
     Raises:
         ValueError: they have another form, or the layer returns other tokens or another width than it takes.
     """
-    if x.dim() != 3 or len(x) != samples:
+    # (T, S, d) would be taken for T tiles of S tokens.
+    tiles = tokens is None and x.dim() == 3 and (len(x) == 1 or (len(x) % samples == 0 and x.shape[1] != samples))
+    if x.dim() != 3 or not (len(x) == samples or tiles):
         raise ValueError(
             f"model: expected hidden states (samples, tokens, width) of {samples} samples, got {tuple(x.shape)}"
         )

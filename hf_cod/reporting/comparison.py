@@ -146,7 +146,8 @@ def _drop(key: str) -> Any:
         value = found["intact"] if key == "intact" else worst(known, default=None)
         if value is None or value != value:
             return "-"
-        return f"{format_number(round(value, 6))} ({found['metric']})"
+        some = key == "without" and len(known) < len(found["without"])
+        return f"{format_number(round(value, 6))} ({found['metric']}{', of the measured ones' if some else ''})"
 
     return of
 

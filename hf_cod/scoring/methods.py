@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Unpack
 
@@ -169,11 +169,12 @@ def _fisher(request: Request) -> list[float]:
 def _layer_drop(request: Request) -> list[float]:
     assert request.batches is not None
     metric = find_metric(None, task_of(request.model, request.batches))
-    intact, without = measure_layer_drop(request.model, request.batches, metric, **request.options)
+    why_not = cache(partial(why_not_skipped, request.stack))
+    intact, without = measure_layer_drop(request.model, request.batches, metric, why_not=why_not, **request.options)
     costs = {i: as_loss(metric, each) - as_loss(metric, intact) for i, each in enumerate(without) if each is not None}
     left = [i for i in range(len(without)) if i not in costs]
     if left:
-        why = why_not_skipped(request.stack, left[0])
+        why = why_not(left[0])
         if not costs:
             raise ValueError(why)
         logger.warning(

@@ -37,6 +37,10 @@ def test_what_matches_nothing_is_named_with_what_is_near():
         matching("exclude", "q_proj", CALLED)
     with pytest.raises(ValueError, match=r"exclude: expected .*, got '\.\*mpl\.\*', which matches none"):
         matching("exclude", ".*mpl.*", CALLED)
+    with pytest.raises(
+        ValueError, match=r"got '\.\*\\\\\.q_proj', which matches none: a list holds names; join .* by \|"
+    ):
+        matching("include", [r".*\.q_proj", r".*\.k_proj"], CALLED)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ def test_there_are_positions_for_what_is_generated(positions, read):
     assert measure_speed({"gpt2": find_decoder_layers(model)}, PROMPT, 1, 3)["gpt2"].prompt_tokens == read
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_exhausted_memory_is_no_property_of_the_model(error, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise error("no memory")
+
+    model = build("llama")
+    monkeypatch.setattr(type(model), "generate", exhausted)
+    with pytest.raises(error, match="no memory"):
+        measure_speed({"llama": find_decoder_layers(model)}, PROMPT, 1, 3)
+
+
 def test_a_model_that_fails_to_generate_is_timed_for_prompts(monkeypatch):
     """LongT5 with more layers in the decoder than in the encoder, by which transformers sizes the cache."""
     config = LongT5Config(
@@ -72,7 +83,7 @@ def test_a_model_that_fails_to_generate_is_timed_for_prompts(monkeypatch):
     )
     model = LongT5ForConditionalGeneration(config).eval()
     found = measure_speed({"one": find_decoder_layers(model)}, PROMPT, 2, 3)["one"]
-    if found.failed is None:  # a transformers that sizes it by the decoder
+    if found.generation_error is None:  # a transformers that sizes it by the decoder
         assert len(found.generation) == 2
         monkeypatch.setattr(type(model), "generate", lambda *_, **__: [][0])
         found = measure_speed({"one": find_decoder_layers(model)}, PROMPT, 2, 3)["one"]

@@ -98,8 +98,10 @@ def test_no_stack_is_told_with_what_there_is():
     with pytest.raises(ValueError, match=r"module lists: towers \(2 x Linear\)"):
         find_decoder_layers(Odd())
     assert len(find_decoder_layers(Odd(), layers_path="towers")) == 2
-    with pytest.raises(ValueError, match="path: expected the name of a module list, got 'tower'"):
+    with pytest.raises(ValueError, match=r"^stack: expected none for Odd, .* name of a module list, got 'tower'"):
         find_decoder_layers(Odd(), layers_path="tower")
+    with pytest.raises(ValueError, match=r"^layers_path: expected the name of a module list, got 'model\.tower'"):
+        find_decoder_layers(Odd(), layers_path="model.tower")
     with pytest.raises(ValueError, match="the model has no module lists"):
         find_decoder_layers(nn.Linear(2, 2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 from hf_cod.analysis.diagnostics.forward_results import keep_intervals
@@ -26,12 +27,14 @@ def report_layer_drop(
     options: dict[str, Any],
 ) -> None:
     """Adds the performance drop of each layer to a report, with intervals, and a note on layers that have none."""
-    intact, without = measure_layer_drop(stack.model, batches, metric, journal, **options)
+    why_not = cache(partial(why_not_skipped, stack))
+    intact, without = measure_layer_drop(stack.model, batches, metric, journal, why_not=why_not, **options)
     known = [layer for layer, value in enumerate(without) if value is not None]
     report.layers["layer_drop"] = [None if value is None else value - intact for value in without]
     for layer in (i for i in range(len(stack)) if i not in known):
-        why = (why_not_skipped(stack, layer) or "").partition(": ")[2]
-        report.notes.append(f"layer_drop of layer {layer} was left out, as the model does not run without it: {why}")
+        report.notes.append(
+            f"layer_drop of layer {layer} was left out, because skip does not remove it: {why_not(layer)!r}"
+        )
     report.results["layer_drop"] = {
         "metric": metric.name,
         "lower_is_better": metric.lower_is_better,

@@ -89,14 +89,18 @@ def _layer_drop(report: RunReport) -> str:
     if not drop["lower_is_better"] and drop["intact"] == 0:
         return f"The intact model's {name} is 0, so the removal of a layer cannot lower it."
     harm = [sign * report.layers["layer_drop"][i] for i in order]
+    some = len(order) < len(report.layers["layer_drop"])
     if harm[0] == harm[-1]:
-        return f"The removal of each single layer has the same effect: {name} changes from {intact} to {worst}."
+        which = "each of the measured layers" if some else "each single layer"
+        return f"The removal of {which} has the same effect: {name} changes from {intact} to {worst}."
     if harm[0] <= 0:
-        return f"No single removal is harmful: {name} is {intact} with all layers, {worst} to {best} without one."
+        which = "None of the measured removals" if some else "No single removal"
+        return f"{which} is harmful: {name} is {intact} with all layers, {worst} to {best} without one."
     better = _helpful(sorted(i for i, value in zip(order, harm, strict=True) if value < 0))
     layers = "layer" if named == 1 else "layers"
+    which = "one of the measured layers" if some else "one layer"
     return (
-        f"Removing one layer is most harmful for {layers} {most} and least for {layers} {least}: {name} changes from "
+        f"Removing {which} is most harmful for {layers} {most} and least for {layers} {least}: {name} changes from "
         f"{intact} to {worst} and {best}.{better}"
     )
 

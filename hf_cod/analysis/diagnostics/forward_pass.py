@@ -49,6 +49,8 @@ def measure_forward(
     `hidden_states` that transformers returns the last one is the output of the final norm.) If a model has several
     residual streams (mHC, AltUp, Reformer), x^l are those of a token as one vector. Tokens that a model adds inside,
     such as prompts, count like inputs; then padding and token "first" are refused. Padding by the model does not count.
+    Layers of a vision tower that read the patches of all images without a sample axis (Qwen2.5-VL, Pixtral) have one
+    sample for each batch, and layers that read several tiles of an image one for each tile.
 
     A layer that runs several times in a forward pass (loops over depth) is measured at each run, and its figures are
     means over its runs. Distances over n layers are within one run through the list, which ends where a layer runs
@@ -178,7 +180,7 @@ class ForwardRecorder:
                 one_vector(state.detach(), self._samples, self._tokens, self._square)
                 for state in states_around(module, args, kwargs, output)
             )
-            check_states(self.stack, index, x, y, self._samples)
+            check_states(self.stack, index, x, y, self._samples, self._tokens)
             run = self._calls[index]
             if not self._calls:
                 self._find_padding(x, kwargs)

@@ -35,6 +35,7 @@ def measure_layer_drop(
     *,
     layers_path: str | None = None,
     show_progress: bool = False,
+    why_not: Callable[[int], str | None] | None = None,
 ) -> tuple[float, list[float | None]]:
     """The metric of the intact model, and of the model without each single layer.
 
@@ -54,6 +55,8 @@ def measure_layer_drop(
         journal: stores each (batch, layer); stored entries are not computed again.
         layers_path: the stack's module name, if it cannot be found.
         show_progress: show a progress bar.
+        why_not: layer -> why the model cannot be run without it, or None; cached, for a caller that also asks. Default:
+            `why_not_skipped`.
 
     Returns:
         P_intact, and P_without_layer_l for each layer; None for a layer without which the model cannot be run.
@@ -67,8 +70,8 @@ def measure_layer_drop(
     check_independent(stack, "layer_drop", batches)
     journal = Journal(None, "") if journal is None else journal
     whole = reads_several_states(stack, batches)
-    refused = cache(partial(_refused, stack))
-    measure = _measure_loops if runs_several_times(stack, batches) else partial(_measure_batch, whole, refused)
+    why_not = why_not or cache(partial(why_not_skipped, stack))
+    measure = _measure_loops if runs_several_times(stack, batches) else partial(_measure_batch, whole, why_not)
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
     with torch.no_grad(), evaluation_mode(stack), bar:
@@ -83,13 +86,9 @@ def measure_layer_drop(
     return intact, [_value(journal, metric, len(batches), i) if has else None for i, has in enumerate(known)]
 
 
-def _refused(stack: DecoderLayers, layer: int) -> bool:
-    return why_not_skipped(stack, layer) is not None
-
-
 def _measure_batch(
     whole: bool,
-    refused: Callable[[int], bool],
+    why_not: Callable[[int], str | None],
     stack: DecoderLayers,
     number: int,
     batch: Batch,
@@ -107,7 +106,7 @@ def _measure_batch(
     del intact  # logits are large
     bar.update()
     for layer in range(len(stack)):
-        possible = not _requires_skip(layer, states[layer]) or not refused(layer)
+        possible = not _requires_skip(layer, states[layer]) or why_not(layer) is None
         if possible and _key(number, layer) not in journal:
             with _without(stack, layer, states[layer], whole):
                 outputs, read = run_for_metric(stack, metric, batch)

@@ -9,7 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.commands.finetune_memory import EstimateSettings, choose, estimate, print_estimates
+from hf_cod.cli.commands.finetune_memory import (
+    IN_PYTHON,
+    EstimateSettings,
+    check_task,
+    choose,
+    estimate,
+    print_estimates,
+)
 from hf_cod.cli.commands.finetune_trl import TrlSettings, script
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
@@ -35,7 +42,6 @@ _NO_ADAPTER = (
     "the adapter is part of the model alone: in a file of its own it would be loaded onto the base of the input, which "
     "is an adapter, too, and lack that one; for such a file, merge the input first (merge_and_unload of PEFT)"
 )
-IN_PYTHON = "hf_cod.owlore with Trainer"  # for other models than those of the command
 
 
 def make_parser() -> SettingsParser:
@@ -148,31 +154,13 @@ def _loaded(
     from hf_cod.training.runs.methods import check_weights
 
     model, tokenizer = load_with_tokenizer(source, loading, IN_PYTHON)
-    _check_task(model)
+    check_task(model)
     if text.chat_template is not None:
         tokenizer.chat_template = read_text(text.chat_template, "chat_template")
     check_length(model, settings.sequence_length)
     check_weights(model, settings.method, sampling)
     _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error
     return model, tokenizer, WholeCheckpoint(source, loading, model, tokenizer)
-
-
-def _check_task(model: Any) -> None:
-    """Checks that a model is of the kind that learns to continue text.
-
-    Raises:
-        ValueError: it is another one; says which, and what trains it.
-    """
-    from hf_cod.layers.task import task_of
-
-    kinds = {"seq2seq_lm": "an encoder-decoder", "masked_lm": "a masked language model", "headless": "without a head"}
-    task = task_of(model)
-    if task != "causal_lm":
-        got = f"{type(model).__name__}, {kinds.get(task, 'with a head for labels')}"
-        raise ValueError(
-            f"model: expected a causal language model, which finetune trains on text, got {got}; use {IN_PYTHON} and a "
-            "data collator that makes its labels"
-        )
 
 
 def _excluded(model: Any, include: Names, exclude: Names) -> list[str]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hf_cod.training.runs.memory import Memory
     from hf_cod.training.runs.within_memory import Fit
 
+IN_PYTHON = "hf_cod.owlore with Trainer"  # for other models than those of the command
+
 
 @dataclass
 class EstimateSettings:
@@ -59,7 +61,11 @@ class EstimateSettings:
 def print_estimates(
     source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings, told: EstimateSettings
 ) -> None:
-    """Prints a table of all methods, and which of them fit."""
+    """Prints a table of all methods, and which of them fit.
+
+    Raises:
+        ValueError: a model that the training refuses, see `check_task`.
+    """
     from rich import box
     from rich.table import Table
 
@@ -71,6 +77,7 @@ def print_estimates(
     from hf_cod.training.runs.methods import METHODS
 
     config = load_config(source, loading)
+    _check_kind(config)
     device = loading.device or best_device()
     room = told.bytes_of_device() or free_memory(device)
     table = Table("method", *PARTS, "total", "fits", box=box.SIMPLE_HEAD, padding=0)
@@ -107,7 +114,8 @@ def choose(
     """Method and steps that fit the memory, which are printed; no weights are loaded.
 
     Raises:
-        ValueError: nothing fits, or the model is quantized, whose memory is not estimated; gives the reason.
+        ValueError: nothing fits, the training refuses the model (see `check_task`), or the model is quantized, whose
+            memory is not estimated; gives the reason.
     """
     from hf_cod.io.models import best_device, load_config
     from hf_cod.training.runs.within_memory import choose_within
@@ -118,6 +126,7 @@ def choose(
             f"memory: expected a model that is not quantized, whose memory can be estimated, got {source}; use "
             "--micro-batch-size and --checkpointing instead"
         )
+    _check_kind(config)
     device = loading.device or best_device()
     room = told.bytes_of_device() or free_memory(device)
 
@@ -158,6 +167,42 @@ def estimate(
         lora_rank=settings.lora_rank,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _check_kind(config: Any) -> None:
+    """Checks that the class named by a config, which the training would load, is one that it trains.
+
+    Many types of encoders also have a causal class, whose memory is that of another model.
+
+    Raises:
+        ValueError: it is another one, see `check_task`.
+    """
+    import torch
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    model_class = getattr(transformers, named, None)
+    if model_class is not None:  # else a class with code of its own
+        with torch.device("meta"):
+            check_task(model_class(config))
+
+
+def check_task(model: Any) -> None:
+    """Checks that a model is of the kind that learns to continue text.
+
+    Raises:
+        ValueError: it is another one; says which, and what trains it.
+    """
+    from hf_cod.layers.task import task_of
+
+    kinds = {"seq2seq_lm": "an encoder-decoder", "masked_lm": "a masked language model", "headless": "without a head"}
+    task = task_of(model)
+    if task != "causal_lm":
+        got = f"{type(model).__name__}, {kinds.get(task, 'with a head for labels')}"
+        raise ValueError(
+            f"model: expected a causal language model, which finetune trains on text, got {got}; use {IN_PYTHON} and a "
+            "data collator that makes its labels"
+        )
 
 
 def free_memory(device: str) -> int:

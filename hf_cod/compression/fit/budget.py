@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from hf_cod.compression.fit.knobs import EXCLUSIVE
+from hf_cod.compression.fit.knobs import EXCLUSIVE, REMOVING
 from hf_cod.compression.fit.settings import KINDS
 from hf_cod.io.settings import check_choice
 from hf_cod.layers.size import ModelSize
@@ -38,12 +38,14 @@ class Budget:
         value: the largest allowed size, in the unit of `kind`.
         intact: the size of the intact model.
         exclusive: pairs of knobs of which a plan has at most one.
+        fixed: the share of the layers that only knobs of `REMOVING` reduce.
     """
 
     kind: str
     value: float
     intact: ModelSize
     exclusive: Sequence[tuple[str, str]] = EXCLUSIVE
+    fixed: float = 0.0
 
     @property
     def most(self) -> float:
@@ -92,7 +94,7 @@ class Budget:
         notes: Sequence[str] = (),
         combined: bool = True,
     ) -> None:
-        """Checks that the knobs can meet the budget, on the assumption that their savings multiply.
+        """Checks that the knobs can meet the budget, on the assumption that their savings multiply where they apply.
 
         Args:
             left: knob -> the least remaining share of the layers with this knob alone.
@@ -103,7 +105,7 @@ class Budget:
         Raises:
             ValueError: they cannot; says the least possible.
         """
-        least = _least_together(left, self.exclusive) if combined else min(left.values())
+        least = _least_together(left, self.exclusive, self.fixed) if combined else min(left.values())
         if self.most < within * least:
             how = "" if len(left) == 1 else " together" if combined else " alone"
             more = [] if combined or len(left) == 1 else ["n_verified of 1 or more also measures combinations"]
@@ -128,8 +130,22 @@ class Budget:
         return left * size.layer_bytes + size.bytes - size.layer_bytes
 
 
-def _least_together(left: Mapping[str, float], exclusive: Sequence[tuple[str, str]]) -> float:
-    """The least product of shares; of knobs that exclude each other, at most one is used."""
+def _least_together(left: Mapping[str, float], exclusive: Sequence[tuple[str, str]], fixed: float) -> float:
+    """The least share that several knobs leave; of knobs that exclude each other, at most one is used.
+
+    Args:
+        left: knob -> the share that it leaves alone.
+        exclusive: see `Budget`.
+        fixed: the share f that only knobs of `REMOVING` reduce: the product of theirs, times f + (1 - f) times the
+            product of what the others leave of the rest.
+    """
     sets = [set(used) for number in range(len(left) + 1) for used in combinations(left, number)]
     allowed = [used for used in sets if not any(used.issuperset(pair) for pair in exclusive)]
-    return min(math.prod(left[knob] for knob in used) for used in allowed)
+    least = 1.0
+    for used in allowed:
+        share = math.prod(left[knob] for knob in used if knob in REMOVING)
+        others = [left[knob] for knob in used if knob not in REMOVING]
+        if others and fixed < 1:
+            share *= fixed + (1 - fixed) * math.prod(max(x - fixed, 0) / (1 - fixed) for x in others)
+        least = min(least, share)
+    return least

@@ -22,6 +22,13 @@ from hf_cod.compression.fit.checks import (
     has_experts,
     numbers_of_experts,
 )
+from hf_cod.compression.fit.reach import (
+    left_by_bits,
+    left_by_depth,
+    left_by_experts,
+    left_by_share,
+    left_by_sparsity,
+)
 from hf_cod.compression.low_rank.factorizer import factorize
 from hf_cod.compression.low_rank.spectra import plan_ranks
 from hf_cod.compression.pruning.pruner import prune
@@ -43,8 +50,6 @@ from hf_cod.scoring.methods import score_layers
 # The score by which a budget is distributed over layers, for methods without their own; it takes one forward pass.
 SCORE = "angular"
 SPREAD = 0.08
-# Bits a weight of scales, in addition to codes; more if the length of rows is not a multiple of the block.
-SCALES = 0.127
 
 
 @renamed(path="layers_path")
@@ -123,34 +128,6 @@ def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
     return lambda model, layers_path: [share / 100 for share in percent]
 
 
-def _left_by_depth(stack: DecoderLayers, count: float) -> float:
-    """The share if the largest layers are removed."""
-    sizes = sorted(stack.count_weights(index) for index in range(len(stack)))
-    return sum(sizes[: len(sizes) - int(count)]) / sum(sizes)
-
-
-def _left_by_experts(stack: DecoderLayers, number: float) -> float:
-    total = sum(stack.count_weights(index) for index in range(len(stack)))
-    return 1 - sum(sum(each.sizes()) * number / each.count for each in mixtures_of(stack).values()) / total
-
-
-def _left_by_share(stack: DecoderLayers, share: float) -> float:
-    return 1 - share
-
-
-def _left_by_sparsity(stack: DecoderLayers, share: float) -> float:
-    """The share with the mask of one bit a weight."""
-    return 1 - share + 1 / _bits_a_weight(stack)
-
-
-def _left_by_bits(stack: DecoderLayers, codes: float) -> float:
-    return (codes + SCALES) / _bits_a_weight(stack)
-
-
-def _bits_a_weight(stack: DecoderLayers) -> int:
-    return 8 * next(stack.module_list.parameters()).element_size()
-
-
 def _depth(model: Any, count: float, how: Applying) -> None:
     plan = plan_depth(model, int(count), replacement="measured", **how.measuring())
     drop_layers(model, plan, "measured", batches=how.batches, layers_path=how.layers_path)
@@ -201,7 +178,7 @@ KNOBS: dict[str, Knob] = {
         _depth,
         check_depth,
         lambda x: "1 layer removed" if x == 1 else f"{x:g} layers removed",
-        _left_by_depth,
+        left_by_depth,
     ),
     "experts": Knob(
         numbers_of_experts,
@@ -209,7 +186,7 @@ KNOBS: dict[str, Knob] = {
         _experts,
         check_experts,
         lambda x: "1 expert of each mixture removed" if x == 1 else f"{x:g} experts of each mixture removed",
-        _left_by_experts,
+        left_by_experts,
         concerns=has_experts,
     ),
     "width": Knob(
@@ -218,7 +195,7 @@ KNOBS: dict[str, Knob] = {
         _width,
         check_width,
         lambda x: f"{x:.0%} of the weights removed by heads and channels",
-        _left_by_share,
+        left_by_share,
     ),
     "rank": Knob(
         _shares(*range(5, 51)),
@@ -226,7 +203,7 @@ KNOBS: dict[str, Knob] = {
         _low_rank,
         check_rank,
         lambda x: f"{x:.0%} of the weights removed by low rank",
-        _left_by_share,
+        left_by_share,
     ),
     "sparsity": Knob(
         _shares(*range(50, 85, 5)),
@@ -234,7 +211,7 @@ KNOBS: dict[str, Knob] = {
         _sparse,
         check_sparsity,
         lambda x: f"{x:.0%} of the weights zero and packed",
-        _left_by_sparsity,
+        left_by_sparsity,
         structural=False,
     ),
     "bits": Knob(
@@ -243,7 +220,7 @@ KNOBS: dict[str, Knob] = {
         _bits,
         check_bits,
         lambda x: f"{x:g} bits a weight, plus scales",
-        _left_by_bits,
+        left_by_bits,
         structural=False,
     ),
 }
@@ -251,6 +228,8 @@ KNOBS: dict[str, Knob] = {
 EXCLUSIVE = (("sparsity", "bits"),)
 # Factors of experts are stored as numbers.
 EXCLUSIVE_OF_BANKS = (*EXCLUSIVE, ("rank", "bits"))
+# Methods that remove structure, also of matrices that keep their form (`fixed_share`).
+REMOVING = ("depth", "experts", "width")
 # Errors of methods that do not support the model or miss a package, and of trials with a loss that is not finite.
 # RuntimeError: torch's, if a decomposition fails, memory is exhausted, or an operation has no kernel.
 FAILURES = (ValueError, ImportError, RuntimeError)

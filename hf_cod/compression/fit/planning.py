@@ -11,6 +11,7 @@ from torch import nn
 from hf_cod.compression.fit.budget import Budget, check_budget
 from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import KNOBS, chosen_knobs, exclusive, left_out
+from hf_cod.compression.fit.reach import fixed_share
 from hf_cod.compression.fit.samples import calibration_and_tuning, check_given
 from hf_cod.compression.fit.search import Search
 from hf_cod.compression.fit.settings import FitFields, FitSettings
@@ -104,7 +105,7 @@ def plan_fit(
     )
     notes = left_out(chosen, stack, knobs is not None)
     levels = {knob: KNOBS[knob].levels(intact, layers_path) for knob in chosen if knob not in notes}
-    target = Budget(kind, budget, size_of(intact, layers_path), exclusive(stack))
+    target = Budget(kind, budget, size_of(intact, layers_path), exclusive(stack), fixed_share(stack, kind))
     if levels:
         least = {knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}
         target.check_reach(least, ROUNDING, list(notes.values()), combined=how.n_verified > 0)

@@ -43,6 +43,7 @@ class Search:
         self._saved: dict[str, list[float]] = {}
         self._costs: dict[str, list[float]] = {}
         self._tried: dict[str, tuple[float, Trial]] = {}
+        self._least = budget.used(self._intact.size)
 
     def is_met_intact(self) -> bool:
         """Whether the intact model meets the budget; it is then the plan."""
@@ -67,6 +68,7 @@ class Search:
                 failed.setdefault(knob, {})[step] = str(error)  # the exception object would keep the model in memory
             else:
                 self._alone.setdefault(knob, {})[step] = trial
+                self._least = min(self._least, self._budget.used(trial.size))
         for knob, errors in failed.items():
             self._keep_what_works(knob, errors)
         if not self._alone:
@@ -140,6 +142,7 @@ class Search:
             except FAILURES as error:
                 self._notes.append(f"{describe_steps(self._steps(found[0]))}: {error}")
                 return
+            self._least = min(self._least, self._budget.used(trial.size))
             if self._budget.is_met_by(trial.size):
                 self._tried[" ".join(used)] = (self._intact.loss + found[0].cost, trial)
                 return
@@ -150,8 +153,8 @@ class Search:
         if not self._tried:
             budget = self._budget
             raise ValueError(
-                f"{budget.kind}: expected a budget that a measured combination meets, got "
-                f"{budget.told(budget.value)}; a larger n_verified measures more combinations"
+                f"{budget.kind}: expected a budget that a measured combination meets, of which the smallest has "
+                f"{budget.told(self._least)}, got {budget.told(budget.value)}; a larger n_verified measures more"
             )
         best = min((trial for _, trial in self._tried.values()), key=lambda trial: trial.loss)
         curve = []

@@ -24,6 +24,7 @@ from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.capturing import capturing_restored
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.layer_copies import own_weights
 from hf_cod.layers.modes import one_thread
 from hf_cod.layers.removal.cache import check_attended, check_cache
 from hf_cod.layers.removal.config_surgery import (
@@ -39,6 +40,7 @@ from hf_cod.layers.removal.key_sharing import SHARING_MODES, check_sources, mend
 from hf_cod.layers.removal.layer_tables import LayerTables, find_layer_tables
 from hf_cod.layers.removal.marked_runs import MarkedRuns
 from hf_cod.layers.removal.rebuilding import MODES, check_config_builds, scale_numbers
+from hf_cod.layers.removal.wording import wording_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import DECODER, ENCODER, VISION, ancestors
 from hf_cod.models.own_config import own_config
@@ -63,10 +65,10 @@ def arranged(model: nn.Module, ordering: Ordering, layers_path: str | None) -> I
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
-            with building_errors(stack.model):
+            with building_errors(stack.model, wording_of(order)):
                 lists, tables, runs = _arrange(stack, order, changes)
             if runs.possible and not runs.ran:  # then the config alone says whether the layers fit each other
-                check_config_builds(stack, tables.shapes)
+                check_config_builds(stack, tables.shapes, wording_of(order))
             pin_lists(stack.config, lists, changes)
             runs.check()
             yield
@@ -100,7 +102,7 @@ def arrange(model: nn.Module, ordering: Ordering, layers_path: str | None) -> li
             tables.cut(changes)
             runs.check()
         for new in _repetitions(order):
-            _own_weights(stack[new])
+            own_weights(stack[new])
     except BaseException:
         changes.undo()
         raise
@@ -126,27 +128,30 @@ def check_arranged(model: nn.Module, ordering: Ordering, layers_path: str | None
 def _describe(stack: DecoderLayers, order: list[int], changes: Changes) -> tuple[LayerTables, MarkedRuns]:
     """All that `arrange` does, but for the weights of tables and of repeated layers; returns these tables, and runs of
     the intact model."""
+    wording = wording_of(order)
     if stack.config is None:
-        raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
+        raise ValueError(
+            f"model: expected a config that counts the layers of {stack.layers_path}, got none; use {wording.temporary}"
+        )
     check_unquantized(stack.model, name_of(stack))
     if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
-    with building_errors(stack.model):
+    with building_errors(stack.model, wording):
         lists, tables, runs = _arrange(stack, order, changes)
         for name, wanted in lists.items():
             raise ValueError(
-                f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got "
-                f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
-                "use skip"
+                f"layers: expected {wording.layers}s that the config of {type(stack.model).__name__} can describe, got "
+                f"{wanted} for {name}, which it computes otherwise; {wording.verb} whole periods of the pattern of "
+                f"layers, or use {wording.temporary}"
             )
-    check_cache(stack)
-    tables.check_plain()
+    check_cache(stack, wording)
+    tables.check_plain(wording)
     try:
-        check_config_builds(stack, tables.shapes)
+        check_config_builds(stack, tables.shapes, wording)
     except ValueError:
         if not scale_numbers(stack, changes):
             raise
-        check_config_builds(stack, tables.shapes)
+        check_config_builds(stack, tables.shapes, wording)
     runs.check()
     return tables, runs
 
@@ -271,17 +276,6 @@ def _copy_of(stack: DecoderLayers, index: int) -> nn.Module:
                 flags = {key: on for key, on in vars(other[parent]).items() if type(on) is bool and key not in MODES}
                 own[parent].__dict__.update(flags)
     return made
-
-
-def _own_weights(layer: nn.Module) -> None:
-    """Gives a layer copies of its weights and buffers; what is tied inside of it stays tied."""
-    memo: dict[int, Any] = {}
-    for module in layer.modules():
-        both: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for held in both:
-            for name, tensor in [*held.items()]:
-                if tensor is not None:
-                    held[name] = copy.deepcopy(tensor, memo)
 
 
 def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, order: list[int]) -> dict[str, Any]:

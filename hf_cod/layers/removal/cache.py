@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_cod.layers.removal.config_surgery import cache_depth
+from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import DECODER, ENCODER
 
@@ -24,7 +25,7 @@ def check_attended(stack: DecoderLayers, kept: list[int]) -> None:
         )
 
 
-def check_cache(stack: DecoderLayers) -> None:
+def check_cache(stack: DecoderLayers, wording: Wording) -> None:
     """Checks that the KV cache has room for each layer of the decoder of an encoder-decoder.
 
     Raises:
@@ -38,7 +39,7 @@ def check_cache(stack: DecoderLayers) -> None:
         raise ValueError(
             f"layers: expected at least {decoder} layers in the encoder of {type(model).__name__}, because "
             f"transformers sizes the KV cache of the {decoder} decoder layers by them, got {len(stack)}; first remove "
-            "layers of the decoder, or use skip"
+            f"layers of the decoder, or use {wording.temporary}"
         )
 
 

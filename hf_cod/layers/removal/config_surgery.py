@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from hf_cod.io.display import one_line
 from hf_cod.io.unread_weights import promises, withdraw
+from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stacks import COUNT_FIELDS, DECODER, DECODER_COUNT_FIELDS, ENCODER_COUNT_FIELDS, counts
 
 # Config fields that list the layers of one kind by index.
@@ -88,7 +89,7 @@ class Changes:
 
 
 @contextmanager
-def building_errors(model: nn.Module) -> Iterator[None]:
+def building_errors(model: nn.Module, wording: Wording) -> Iterator[None]:
     """Turns the errors of config classes for values that they cannot describe into one ValueError."""
     try:
         yield
@@ -96,8 +97,8 @@ def building_errors(model: nn.Module) -> Iterator[None]:
         if _OWN.match(str(error)):
             raise
         raise ValueError(
-            f"layers: expected kept layers that the config of {type(model).__name__} can describe, "
-            f"got {type(error).__name__}: {one_line(str(error))}; use skip"
+            f"layers: expected {wording.layers}s that the config of {type(model).__name__} can describe, "
+            f"got {type(error).__name__}: {one_line(str(error))}; use {wording.temporary}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.wording import Wording, wording_of
 
 # Fields that mean the state after a layer, counted from 0; a negative number is none.
 LAYER_FIELDS = (
@@ -46,13 +47,13 @@ def mend_features(config: Any, depth: int, kept: list[int], changes: Changes) ->
         for state in _listed(config, name):
             left = _left_of(kept, state % (depth + 1))
             found.append(left if state >= 0 else left - len(kept) - 1)
-        _mend(config, name, found, changes)
+        _mend(config, name, found, changes, wording_of(kept))
 
 
 def _mend_layers(config: Any, kept: list[int], changes: Changes) -> None:
     for name in LAYER_FIELDS:
         found = [layer if layer < 0 else _left_of(kept, layer + 1) - 1 for layer in _listed(config, name)]
-        _mend(config, name, found, changes)
+        _mend(config, name, found, changes, wording_of(kept))
 
 
 def _left_of(kept: list[int], count: int) -> int:
@@ -65,13 +66,15 @@ def _listed(config: Any, name: str) -> list[int]:
     return [value] if isinstance(value, int) else [*(value or ())]
 
 
-def _mend(config: Any, name: str, found: list[int], changes: Changes) -> None:
+def _mend(config: Any, name: str, found: list[int], changes: Changes, wording: Wording) -> None:
     before = vars(config).get(name)
     if not found:
         return
     listed = _listed(config, name)
     if len({*found}) < len({*listed}) or (name in LAYER_FIELDS and min(found) < min(0, *listed)):
-        raise ValueError(f"layers: expected one kept layer for each of {name}, got {before}; use skip")
+        raise ValueError(
+            f"layers: expected one {wording.layers} for each of {name}, got {before}; use {wording.temporary}"
+        )
     changes.set(config, name, found[0] if isinstance(before, int) else type(before)(found))
 
 
@@ -87,6 +90,10 @@ def _mend_stages(config: Any, depth: int, kept: list[int], changes: Changes) -> 
         return
     found = [_left_of(kept, stage % len(names)) for stage in handed]
     if len({*found}) < len(found):
-        raise ValueError(f"layers: expected one kept layer for each stage of out_indices, got {handed}; use skip")
+        wording = wording_of(kept)
+        raise ValueError(
+            f"layers: expected one {wording.layers} for each stage of out_indices, got {handed}; use "
+            f"{wording.temporary}"
+        )
     changes.set(config, "_out_indices", found)
     changes.set(config, "_out_features", [left[stage] for stage in found])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_cod.layers.removal.config_surgery import Changes
 from hf_cod.layers.removal.outside import build_outside, changed_numbers
+from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stack import DecoderLayers
 
 
@@ -65,7 +66,7 @@ class LayerTables:
             changes.call(handle.remove)
             self._hooks.append(handle)
 
-    def check_plain(self) -> None:
+    def check_plain(self, wording: Wording) -> None:
         """Checks that the weights of the tables can be cut.
 
         Raises:
@@ -90,7 +91,7 @@ class LayerTables:
                 continue
             raise ValueError(
                 f"model: expected plain weights in memory of {name}, which has a block for each layer, got {told}; use "
-                "skip, or load the model without quantization, adapters and offloading"
+                f"{wording.temporary}, or load the model without quantization, adapters and offloading"
             )
 
     def cut(self, changes: Changes) -> None:

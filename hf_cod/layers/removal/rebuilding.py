@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.config_surgery import Changes, building_errors
+from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import inside_another, module_lists
 
@@ -20,43 +21,44 @@ from hf_cod.layers.stacks import inside_another, module_lists
 MODES = ("training", "gradient_checkpointing")
 
 
-def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]) -> None:
+def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]], wording: Wording) -> None:
     """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model.
 
     Args:
         stack: the kept layers.
         cut: name -> shape of the weights outside of them that will be cut.
+        wording: of errors.
     """
-    with building_errors(stack.model):
+    with building_errors(stack.model, wording):
         rebuilt = rebuilt_from_config(stack)
     if len(rebuilt) != len(stack):
         raise ValueError(
             f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
-            f"got one that would build {len(rebuilt)} instead of {len(stack)}; use skip"
+            f"got one that would build {len(rebuilt)} instead of {len(stack)}; use {wording.temporary}"
         )
-    _check_outside(stack, rebuilt, cut)
+    _check_outside(stack, rebuilt, cut, wording)
     for index, found in enumerate(_by_layer(stack, rebuilt)):
         told = next(found, None)
         if told:
             raise ValueError(
-                f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
-                f"of which it would build layer {index} differently ({told}); {_way_out(told, index, stack, rebuilt)}, "
-                "or use skip"
+                f"layers: expected {wording.layers}s that the config of {type(stack.model).__name__} can describe, got "
+                f"ones of which it would build layer {index} differently ({told}); "
+                f"{_way_out(told, index, stack, rebuilt, wording)}, or use {wording.temporary}"
             )
 
 
-def _way_out(told: Difference, index: int, stack: DecoderLayers, rebuilt: DecoderLayers) -> str:
+def _way_out(told: Difference, index: int, stack: DecoderLayers, rebuilt: DecoderLayers, wording: Wording) -> str:
     """Which layers can be removed where a kept layer at `index` differs from the one that the config builds."""
     if type(told.mine) is int and told.other == index and told.mine != index:
-        return "each layer holds its own index there, so only the last layers can be removed"
+        return f"each layer holds its own index there, so {wording.by_index}"
     mine, others = (_values(layers, told.place) for layers in (stack, rebuilt))
     if told.other in mine:
-        return "remove whole periods of the pattern of layers"
+        return f"{wording.verb} whole periods of the pattern of layers"
     if type(told.other) not in (int, float):
         return f"keep the layers in which it is {told.other!r}"
     if {*mine} == {told.mine} and {*others} == {told.other}:
-        return "it follows from the number of layers, so none can be removed"
-    return "it follows from the place of a layer, so at most the last layers can be removed"
+        return f"it follows from the number of layers, so {wording.by_number}"
+    return f"it follows from the place of a layer, so {wording.by_place}"
 
 
 def _values(stack: DecoderLayers, place: str) -> list[Any]:
@@ -122,7 +124,9 @@ def _by_layer(stack: DecoderLayers, rebuilt: DecoderLayers) -> Iterator[Iterator
     )
 
 
-def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[str, tuple[int, ...]]) -> None:
+def _check_outside(
+    stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[str, tuple[int, ...]], wording: Wording
+) -> None:
     """Checks the weights outside of the layers: some models keep a table for all layers there."""
     inside = f"{stack.layers_path}."
     lists, built = module_lists(stack.model), module_lists(rebuilt.model)
@@ -130,7 +134,7 @@ def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[st
         if len(lists[name]) != len(built[name]):
             raise ValueError(
                 f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {name} apart, "
-                f"got one that would build {len(built[name])} instead of {len(lists[name])}; use skip"
+                f"got one that would build {len(built[name])} instead of {len(lists[name])}; use {wording.temporary}"
             )
     shapes = {name: tuple(p.shape) for name, p in rebuilt.model.named_parameters() if not name.startswith(inside)}
     for name, parameter in stack.model.named_parameters():
@@ -139,7 +143,7 @@ def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[st
         if name in shapes and parameter.is_floating_point() and shape != shapes[name]:
             raise ValueError(
                 f"layers: expected weights outside of the layers that do not depend on their number, got {name} of "
-                f"shape {tuple(parameter.shape)}, which would be {shapes[name]} for the kept layers"
+                f"shape {tuple(parameter.shape)}, which would be {shapes[name]} for the {wording.layers}s"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
@@ -12,17 +12,6 @@ from hf_cod.io.arguments import checked
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.removal.arranging import arrange, arranged, check_arranged
 from hf_cod.layers.stack import DecoderLayers
-
-# Words in errors about removed layers -> those about repeated ones.
-WORDS = {
-    "kept layer": "layer",
-    "remove whole periods": "repeat whole periods",
-    "so only the last layers can be removed": "so layers cannot be repeated",
-    "so at most the last layers can be removed": "so layers cannot be repeated",
-    "so none can be removed": "so layers cannot be repeated",
-    "remove layers of the decoder": "repeat layers of the encoder",
-    "use skip": "use repeated",
-}
 
 
 @checked
@@ -46,11 +35,7 @@ def repeated(model: nn.Module, start: int, end: int, times: int = 2, layers_path
             another layer, layers that share weights, a model that changes its weights in eval mode (RWKV), or another
             thread uses the model.
     """
-    block = arranged(model, partial(_order, start, end, times), layers_path)
-    with _words():
-        block.__enter__()
-    with ExitStack() as inside:
-        inside.push(block)
+    with arranged(model, partial(_order, start, end, times), layers_path):
         yield
 
 
@@ -84,8 +69,7 @@ def repeat(model: nn.Module, start: int, end: int, times: int = 2, layers_path: 
             weights, a model that changes its weights in eval mode (RWKV), or an architecture whose config cannot
             describe the result (a model from that config would differ). The model is unchanged in all these cases.
     """
-    with _words():
-        return arrange(model, partial(_order, start, end, times), layers_path)
+    return arrange(model, partial(_order, start, end, times), layers_path)
 
 
 @for_one_thread
@@ -95,8 +79,7 @@ def check_repeat(model: nn.Module, start: int, end: int, times: int = 2, layers_
     Raises:
         ValueError: in the same cases as `repeat`.
     """
-    with _words():
-        check_arranged(model, partial(_order, start, end, times), layers_path)
+    check_arranged(model, partial(_order, start, end, times), layers_path)
 
 
 def check_block(start: int, end: int, times: int, depth: int | None = None) -> None:
@@ -121,15 +104,3 @@ def check_block(start: int, end: int, times: int, depth: int | None = None) -> N
 def _order(start: int, end: int, times: int, stack: DecoderLayers) -> list[int]:
     check_block(start, end, times, len(stack))
     return [*range(start), *[*range(start, end)] * times, *range(end, len(stack))]
-
-
-@contextmanager
-def _words() -> Iterator[None]:
-    """Turns the errors of an order, which are those of removed layers, into those of repeated ones."""
-    try:
-        yield
-    except ValueError as error:
-        words = str(error)
-        for of_removal, of_repetition in WORDS.items():
-            words = words.replace(of_removal, of_repetition)
-        raise ValueError(words) from error

@@ -12,11 +12,12 @@ from hf_cod.training.runs.memory import Memory
 from hf_cod.training.runs.methods import check_method
 from hf_cod.training.runs.training_settings import SAMPLING_LAYERS, TrainingSettings, check_effects
 
-# Methods that are tried, with the reason for each: by loss on text and by memory in docs/benchmarks/finetuning.md.
-# The others require more memory than LoRA without a lower loss, so they are never the answer.
+# Methods that are tried, with the reason for each, by docs/benchmarks/finetuning.md: "Quality" (one model of
+# 135M parameters; the rows of owlore were measured with version 0.1) and "Memory of LLaMA2-7B". There the others
+# require more memory than LoRA with checkpointing, and none has a lower loss on text. Other models may differ.
 TRIED = {
-    "lora": "the lowest loss on text of all methods at equal memory",
-    "owlore": "the lowest memory of all methods without adapters",
+    "lora": "the lowest loss on text of the methods compared in the documentation",
+    "owlore": "the lowest estimated memory of the methods without adapters",
 }
 # Share of the memory that estimates do not count: workspace of kernels, fragmentation, the device's own context.
 RESERVE = 0.05

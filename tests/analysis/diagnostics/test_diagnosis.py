@@ -291,6 +291,14 @@ def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
     assert summarize(report_of([0.0, 0.2], helping)) == [
         "No single removal is harmful: accuracy is 0.5 with all layers, 0.5 to 0.7 without one."
     ]
+    some = {"layer_drop": {**drop, "without": [None, 0.5, 0.7]}}
+    assert summarize(report_of([None, 0.0, 0.2], some)) == [
+        "None of the measured removals is harmful: accuracy is 0.5 with all layers, 0.5 to 0.7 without one."
+    ]
+    harmful = {"layer_drop": {**drop, "without": [0.4, None, 0.3]}}
+    assert summarize(report_of([-0.1, None, -0.2], harmful))[0].startswith(
+        "Removing one of the measured layers is most "
+    )
     assert "is most harmful for layer 0 and least for layer 1" in summarize(report)[0]
     assert summarize(report)[0].endswith(" It improves if layer 1 is removed.")
     two = {"layer_drop": {**drop, "without": [0.6, 0.2, 0.7]}}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
 
-from hf_cod import RunReport, allocate, diagnose, find_decoder_layers, plan_depth, score_layers, skip
+from hf_cod import RunReport, allocate, compare, diagnose, find_decoder_layers, plan_depth, score_layers, skip
+from hf_cod.analysis.diagnostics import drop_results
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.layers.task import task_of
@@ -35,10 +36,24 @@ def test_a_first_layer_that_cannot_be_removed(tmp_path):
         low, high = report.results["intervals"]["layer_drop"][layer]
         assert low <= drop["without"][layer] <= high
     (note,) = [note for note in report.notes if note.startswith("layer_drop of layer 0 was left out")]
-    assert "does by index what belongs to other ones" in note
+    with pytest.raises(ValueError) as refused, skip(model, 0):
+        pass
+    assert note.endswith(f"because skip does not remove it: {str(refused.value)!r}")
+    assert any(each.startswith("None of the measured removals is harmful") for each in report.summary)
+    rows = {row[0]: row[1] for row in compare([report, report]).rows}
+    assert rows["worst removal of one layer"].endswith(f"({drop['metric']}, of the measured ones)")
+    assert not rows["metric of the intact model"].endswith("of the measured ones)")
     assert RunReport.load(tmp_path) == report
     assert "| 0 |" in report.to_markdown() and "layer_drop" in report.to_html()
     report.plot(tmp_path)
+
+
+def test_the_reason_is_asked_for_once(monkeypatch):
+    model, batches = convolved()
+    asked = []
+    monkeypatch.setattr(drop_results, "why_not_skipped", lambda stack, layer: asked.append(layer) or "no: because")
+    report = diagnose(model, metrics=["layer_drop"], batches=[*batches, *batches], show_progress=False)
+    assert asked == [0] and report.layers["layer_drop"][0] is None
 
 
 def test_a_block_of_layers_that_the_model_counts_otherwise():

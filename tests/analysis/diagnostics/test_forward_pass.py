@@ -15,6 +15,7 @@ from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
 from hf_cod import collect_statistics, diagnose, find_decoder_layers, perplexity, plan_ranks, skip
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
+from hf_cod.layers.streams import check_states
 from tests import references
 from tests.tiny_models import FAMILIES, batch_for, build
 
@@ -231,3 +232,58 @@ def build_tower():
     images = {"model_type": "clip_vision_model", **sizes, "image_size": 16, "patch_size": 8}
     words = {"model_type": "llama", **sizes, "vocab_size": 99}
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=words)).eval()
+
+
+@pytest.mark.parametrize("token", ["last", "all"])
+def test_packed_patches_are_one_sample(token):
+    """Qwen2.5-VL reads the patches of all images in one row; two images of 4 x 4 patches give 4 tokens each."""
+    torch.manual_seed(0)
+    model = build_type("vision-language/qwen2_5_vl")
+    ids = torch.tensor([[5, model.config.image_token_id, 7]] * 2).repeat_interleave(torch.tensor([1, 4, 1]), 1)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
+        "pixel_values": torch.randn(32, 384),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+    states = []
+    layers = model.model.visual.blocks
+    handles = [layers[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
+    handles += [layer.register_forward_hook(lambda module, args, output: states.append(output)) for layer in layers]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    assert len(states) == 5 and {tuple(x.shape) for x in states} == {(32, 32)}
+    packed = [x[None] for x in states]
+    found = measure_forward(model, [batch], token=token, layers_path="vision")
+    expected = references.angular_matrix(packed, None, token)
+    torch.testing.assert_close(found.angular_distance(), expected, atol=1e-6, rtol=0, equal_nan=True)
+    influence = torch.tensor(references.block_influence(packed, None), dtype=torch.float64)
+    torch.testing.assert_close(found.influence[0].double(), influence, atol=1e-6, rtol=0)
+    assert found.output_variance()["variance"] == pytest.approx(
+        [float(x.var(correction=0)) for x in states[1:]], rel=1e-6
+    )
+    report = diagnose(model, batches=[batch], stack="vision", show_progress=False)
+    with skip(model, 1, "vision"):
+        assert report.results["layer_drop"]["without"][1] == pytest.approx(perplexity(model, [batch]), rel=1e-5)
+
+
+def test_samples_of_patches_and_what_is_refused():
+    """Three samples: tiles of images are samples of the layers, tokens before samples are not."""
+    stack = find_decoder_layers(build("vit"))
+    for shape, tokens, fits in [
+        ((1, 48, 8), None, True),
+        ((6, 5, 8), None, True),
+        ((6, 3, 8), None, False),
+        ((5, 4, 8), None, False),
+        ((1, 48, 8), 16, False),
+        ((3, 5, 8), 5, True),
+    ]:
+        x = torch.zeros(shape)
+        if fits:
+            check_states(stack, 0, x, x, 3, tokens)
+        else:
+            with pytest.raises(ValueError, match=r"expected hidden states \(samples, tokens, width\) of 3 samples"):
+                check_states(stack, 0, x, x, 3, tokens)
