@@ -254,12 +254,28 @@ def learnt_positions(model: nn.Module) -> tuple[int, str] | None:
     return None
 
 
+def embedding_tables(model: nn.Module) -> list[nn.Module]:
+    """The tables of a model's input embeddings: several if it adds up those of several codebooks, none if unknown."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # raised by transformers for architectures without embeddings
+        return []
+    return [*found] if isinstance(found, nn.ModuleList) else [found]
+
+
 def check_length(model: nn.Module, length: int) -> None:
-    """Checks that samples of `length` tokens fit the learned positions of a model.
+    """Checks that a model reads text, and that samples of `length` tokens fit its learned positions.
 
     Raises:
-        ValueError: they are longer than its table of positions; says the maximum.
+        ValueError: it has an embedding table for each of several codebooks (MusicGen), whose codes are no tokens of a
+            text; or samples are longer than its table of positions; says the maximum.
     """
+    tables = embedding_tables(model)
+    if len(tables) > 1:
+        raise ValueError(
+            f"model: expected one that reads text, got {type(model).__name__}, which reads the codes of {len(tables)} "
+            "codebooks; in Python, pass batches of codes"
+        )
     found = learnt_positions(model)
     if found is not None and length > found[0]:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
-from hf_cod.layers.checks import learnt_positions
+from hf_cod.layers.checks import embedding_tables, learnt_positions
 from hf_cod.layers.decoder_inputs import DECODER_INPUTS, decoder_ids
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.direct_use import runs_on
@@ -200,10 +200,11 @@ def _needed(model: Any) -> list[tuple[str, ...]]:
 
 
 def _embedding_sizes(model: Any) -> tuple[int | None, int | None]:
-    """Number and width of a model's token embeddings; None if it has none, or if they are unknown."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # raised by transformers for architectures without embeddings
-        return None, None
-    count, width = (getattr(embeddings, name, None) for name in ("num_embeddings", "embedding_dim"))
-    return (count if isinstance(count, int) else None), (width if isinstance(width, int) else None)
+    """Least number and width of a model's token embeddings; None if it has none, or if they are unknown."""
+    tables = embedding_tables(model)
+    counts, widths = ([getattr(each, name, None) for each in tables] for name in ("num_embeddings", "embedding_dim"))
+    return _least(counts), _least(widths)
+
+
+def _least(numbers: Sequence[Any]) -> int | None:
+    return min(numbers) if numbers and all(isinstance(number, int) for number in numbers) else None

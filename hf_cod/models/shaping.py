@@ -33,6 +33,11 @@ def check_shapeable(model: Any) -> None:
         )
     if stock:
         known = {head.__name__ for _, head in stock_heads(type(model.config))}
+        if not known:
+            raise ValueError(
+                "model: expected a class that an Auto class loads, which matrices of other shapes require, got "
+                f"{name}; prune accepts it"
+            )
         if name not in known:
             wanted = f"one of {', '.join(sorted(known))}" if known else f"a class of {family}"
             raise ValueError(f"model: expected {wanted}, which Auto classes load, got {name}")

@@ -9,8 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
+    MusicgenForCausalLM,
 )
 
 from hf_cod import (
@@ -36,6 +38,7 @@ from hf_cod import (
     recover,
     score_layers,
 )
+from hf_cod.io.models import embedded_model
 from hf_cod.layers.checks import sizes_of
 from tests.tiny_models import build, outputs
 
@@ -324,3 +327,35 @@ def test_embeddings_alone_where_a_loss_needs_token_ids():
         perplexity(model, batches)
     with pytest.raises(ValueError, match=r"^batches: expected input_ids or labels for a loss, got inputs_embeds"):
         score_layers(model, method="fisher", batches=batches)
+
+
+def of_codebooks():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    config = CONFIG_MAPPING["musicgen"].sub_configs["decoder"](**sizes, num_codebooks=4)
+    return MusicgenForCausalLM(config).eval()
+
+
+ON_TEXTS = {
+    "diagnose": diagnose,
+    "statistics": lambda model, **given: collect_statistics(model, **given),
+    "owl": lambda model, **given: score_layers(model, method="owl", **given),
+    "prune": lambda model, **given: prune(model, 0.5, method="wanda", **given),
+    "quantize": lambda model, **given: quantize(model, bits=4, **given),
+    "perplexity": lambda model, **given: perplexity(model, **given),
+}
+
+
+@pytest.mark.parametrize("function", ON_TEXTS)
+def test_decoders_of_codebooks_do_not_read_text(function):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model("pre"))
+    with pytest.raises(ValueError, match=r"^model: expected one that reads text, got MusicgenForCausalLM, .* 4 codeb"):
+        ON_TEXTS[function](of_codebooks(), tokenizer=tokenizer, texts=["some text of a few words"] * 40)
+
+
+def test_codes_of_codebooks_are_checked_in_each_table():
+    assert collect_statistics(of_codebooks(), [{"input_ids": ids(4, 9, least=0, most=64)}]).tokens
+    with pytest.raises(ValueError, match=r"input_ids: expected token ids from 0 to 64 .* got 70 of batch 0"):
+        collect_statistics(of_codebooks(), [{"input_ids": ids(4, 9, least=70, most=71)}])
+    for function in (narrow, factorize):
+        with pytest.raises(ValueError, match=r"^model: expected a class that an Auto class loads, .* Musicgen"):
+            function(of_codebooks(), 0.5, batches=[{"input_ids": ids(4, 9, least=0, most=64)}])

@@ -127,7 +127,7 @@ def matrices_of(stack: DecoderLayers, engine: Format, group: int | None, grouped
     left |= {name: reason for name, reason in reasons.items() if reason is not None}
     sizes = {name: size for name, size in sizes.items() if reasons[name] is None}
     if not sizes:
-        kinds = "; ".join(dict.fromkeys(left.values()))
+        kinds = "; ".join(dict.fromkeys(left.values())) or "the layers have no Linear"
         raise ValueError(f"model: expected matrices that {engine.name} can quantize, got none: {kinds}")
     units = [units_of([n for n in stack.linears(i) if n in sizes], engine.fuses) for i in range(len(stack))]
     weight: Any = stack.model.get_submodule(next(iter(sizes))).weight
