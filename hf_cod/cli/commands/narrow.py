@@ -98,11 +98,15 @@ class Narrow(Step):
         self._raised: dict[str, list[str]] = {}  # score of a plan -> note on layers that keep more
 
     def check(self, work: Work) -> None:
-        """Checks that matrices can be replaced by others, the result can be saved, and layers can keep the share."""
+        """Checks that matrices can be replaced by others, the result can be saved, layers run alone, and can keep the
+        share.
+        """
         from hf_cod.compression.width.planning import within_reach
         from hf_cod.layers.checks import check_reshapeable
+        from hf_cod.layers.independence import check_independent
 
         check_reshapeable(work.stack, "narrow")
+        check_independent(work.stack, "narrow")
         within_reach(work.stack, self.settings.parameter_share, self.settings)
 
     def plan(self, work: Work) -> Any:
