@@ -148,7 +148,7 @@ TESTED_BY = {
         "models/configuration_cod_qwen3.py models/configuration_cod_vit.py models/configuration_shaped.py "
         "models/families.py models/modeling_cod_llama.py models/modeling_cod_mistral.py "
         "models/modeling_cod_olmo.py models/modeling_cod_olmo2.py models/modeling_cod_qwen2.py "
-        "models/modeling_cod_qwen3.py models/modeling_cod_vit.py models/modeling_shaped.py"
+        "models/modeling_cod_qwen3.py models/modeling_cod_vit.py"
     ),
     "models/test_placements.py": "models/configuration_cod.py models/modeling_cod.py models/modifiers.py",
     "models/test_shapes.py": "models/shaping.py",
