@@ -29,29 +29,36 @@ from hf_cod.layers.stack import DecoderLayers
 # Relative to the largest value. Both runs compute the same; a GPU may add in another order.
 TOLERANCE = 0.01
 
+# The way out where layers are chosen to be removed.
+NAMED = "drop in Python removes layers that you name"
+
 # Model -> (name and number of its layers, names of inputs) -> what was found; weights do not matter.
 _known: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, str] | None]] = WeakKeyDictionary()
 _readers: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
-def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None) -> None:
+def check_independent(
+    stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None, way_out: str = ""
+) -> None:
     """Checks that a layer depends on earlier layers only by what the layer before it returns.
 
     Args:
         stack: the layers.
         field: the user's setting, with which the error begins.
         batches: inputs, of which the first one's first tokens are used; default: an input by the model's config.
+        way_out: what to do instead, for the end of the error.
 
     Raises:
         ValueError: layers that depend on others.
     """
+    end = f"; {way_out}" if way_out else ""
     if _shares_keys(stack):
-        raise ValueError(f"{field}: expected layers with their own keys and values, got {_SHARING}")
+        raise ValueError(f"{field}: expected layers with their own keys and values, got {_SHARING}{end}")
     found = _dependent(stack, batches[0] if batches else None)
     if found is not None:
         raise ValueError(
             f"{field}: expected layers that depend on earlier ones only by what the layer before returns, got "
-            f"{type(stack.model).__name__}, whose {_described(*found)}"
+            f"{type(stack.model).__name__}, whose {_described(*found)}{end}"
         )
 
 

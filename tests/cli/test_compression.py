@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import LayerScores, find_decoder_layers, perplexity
 from hf_cod.cli.compression import compress
 from hf_cod.cli.main import main
@@ -230,6 +231,19 @@ def test_a_choice_of_modules_is_applied_recorded_and_part_of_the_run(command, ch
     assert any("down_proj" in name for name in changed)
     assert main([*arguments, "--exclude", "q_prj", "--output", str(checkpoint / "other")]) == 2
     assert "exclude: expected names of the layers' matrices, such as q_proj" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["narrow", "narrow --score angular", "drop-layers"])
+def test_layers_that_share_keys_are_refused_before_anything_is_measured(command, checkpoint, capsys):
+    build_type("gemma3n_text").save_pretrained(checkpoint / "model")
+    first, *more = command.split()
+    told = ["--text", str(checkpoint / "text.txt"), "--output", str(checkpoint / "out"), *QUICK, *more]
+    capsys.readouterr()
+    assert main([first, str(checkpoint / "model"), *told]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    field, way = ("narrow", "") if first == "narrow" else ("layers", "; drop in Python removes layers that you name")
+    assert f"error: {field}: expected layers with their own keys and values, got num_kv_shared_layers > 0{way}" in shown
+    assert "perplexity" not in shown and "comparison" not in shown
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,13 @@ class DropLayers(Step):
         """Linear maps become part of matrices that are in memory."""
         return None if self.settings.replacement == "none" else f"replacement {self.settings.replacement}"
 
+    def check(self, work: Work) -> None:
+        """Checks that layers can be measured one by one, to choose from them; a plan file has chosen."""
+        from hf_cod.layers.independence import NAMED, check_independent
+
+        if self.plan_file is None:
+            check_independent(work.stack, "layers", way_out=NAMED)
+
     def plan(self, work: Work) -> DepthPlan:
         """The layers to remove."""
         from hf_cod.compression.depth.criteria import plan_depth

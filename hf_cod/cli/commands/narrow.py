@@ -114,12 +114,16 @@ class Narrow(Step):
     _units: Sequence[LayerUnits]  # of the intact model, however often it is loaded again
 
     def check(self, work: Work) -> None:
-        """Checks that matrices can be replaced by others, the result can be saved, and layers can keep the share."""
+        """Checks that matrices can be replaced by others, the result can be saved, layers run alone, and can keep the
+        share.
+        """
         from hf_cod.compression.width.planning import within_reach
         from hf_cod.layers.checks import check_reshapeable
+        from hf_cod.layers.independence import check_independent
         from hf_cod.layers.unit_discovery import find_all_units
 
         check_reshapeable(work.stack, "narrow")
+        check_independent(work.stack, "narrow")
         self._units = find_all_units(work.stack)
         within_reach(work.stack, self._units, self.settings.parameter_share, self.settings)
 

@@ -31,7 +31,7 @@ from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches, s
 from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
-from hf_cod.layers.independence import check_independent
+from hf_cod.layers.independence import NAMED, check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_calls import check_runs
 from hf_cod.layers.removal.drop import check_drop
@@ -112,7 +112,7 @@ def plan_depth(
     check_count(n_removed, len(stack), "n_removed")
     batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     check_inputs(stack.model, batches)
-    check_independent(stack, "layers", batches)
+    check_independent(stack, "layers", batches, NAMED)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     check_runs(stack, forward.runs)
     protected = protected_layers(stack, how.protect, forward)
