@@ -135,7 +135,8 @@ def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> st
             f"stack: expected one of {_described(stacks)} of {type(model).__name__}, or the name of a module list, got "
             f"{name!r}"
         )
-    raise ValueError(f"layers_path: expected the name of a module list, got {name!r}; {_describe(lists)}")
+    field = "stack or layers_path" if name.isidentifier() else "layers_path"
+    raise ValueError(f"{field}: expected the name of a module list, got {name!r}; {_describe(lists)}")
 
 
 def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
@@ -185,7 +186,8 @@ def _not_one(model: Any, lists: dict[str, nn.ModuleList], stacks: list[NamedStac
     way = "pass the name of the right one as layers_path=" if lists else "its layers cannot be found"
     if depth is None:
         return f"expected a config that counts the layers (num_hidden_layers) of {name}, got one without; {told}; {way}"
-    return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {found}; {told}; {way}"
+    got = f"{found} lists of that length" if found else "none"
+    return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {got}; {told}; {way}"
 
 
 def _no_stack(model: Any, stages: Mapping[str, Any], lists: dict[str, nn.ModuleList], outer: str = "") -> str:

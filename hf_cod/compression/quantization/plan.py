@@ -115,8 +115,8 @@ def plan_bits(
     layers, left = quantizable(stack, storage, skip)
     sizes = {name: size for layer in layers for name, size in layer.items()}
     if not sizes:
-        kinds = "; ".join(dict.fromkeys(map(str, left.values()))) or "they have no Linear"
-        raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none: {kinds}")
+        kinds = "; ".join(dict.fromkeys(map(str, left.values()))) or "the layers have no Linear"
+        raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none; {kinds}")
     if scores is not None:
         _check_scores(scores, stack)
     if expert_scores is not None:
