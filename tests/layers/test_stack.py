@@ -154,5 +154,5 @@ def test_layers_of_convolutions_have_no_matrices():
     model = AutoModel.from_config(CONFIG_MAPPING["squeezebert"](**sizes, num_attention_heads=4)).eval()
     with pytest.raises(ValueError, match=r"^model: expected matrices in the layers of SqueezeBertModel .* got none"):
         score_layers(model, method="owl", batches=[{"input_ids": torch.ones(2, 9, dtype=torch.long)}])
-    with pytest.raises(ValueError, match=r"got none; the layers have no Linear$"):
+    with pytest.raises(ValueError, match=r"quantized, got none; the layers have no Linear$"):
         plan_bits(model, 4.0)
