@@ -53,6 +53,15 @@ def check_writable(stack: DecoderLayers, factors: bool = False, in_files: bool =
     for index in range(len(stack)):
         with in_memory(stack[index]) if in_files else nullcontext():
             _check_layer(stack, index, factors)
+    check_matrices(stack)
+
+
+def check_matrices(stack: DecoderLayers) -> None:
+    """Checks that layers have matrices.
+
+    Raises:
+        ValueError: they have none, as those of SqueezeBERT, which are convolutions.
+    """
     if not any(stack.count_weights(index) for index in range(len(stack))):
         raise ValueError(
             f"model: expected matrices in the layers of {type(stack.model).__name__} ({stack.layers_path}), got none"

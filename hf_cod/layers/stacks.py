@@ -190,7 +190,8 @@ def _not_one(model: Any, lists: dict[str, nn.ModuleList], stacks: list[NamedStac
     way = "pass the name of the right one as layers_path=" if lists else "its layers cannot be found"
     if depth is None:
         return f"expected a config that counts the layers (num_hidden_layers) of {name}, got one without; {told}; {way}"
-    return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {found}; {told}; {way}"
+    got = f"{found} lists of that length" if found else "none"
+    return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {got}; {told}; {way}"
 
 
 def _no_stack(model: Any, stages: Mapping[str, Any], lists: dict[str, nn.ModuleList], outer: str = "") -> str:

@@ -26,7 +26,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, check_batches, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
-from hf_cod.layers.checks import name_of, sizes_of
+from hf_cod.layers.checks import check_matrices, name_of, sizes_of
 from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.parts import parts_of
@@ -135,6 +135,7 @@ def score_layers(
 
 
 def _owl(request: Request) -> list[float]:
+    check_matrices(request.stack)
     statistics = statistics_of(request)
     M, per_module = request.settings.threshold, request.settings.per_module
     layers = [partial(seen_matrices, request.stack, statistics, index) for index in range(len(request.stack))]

@@ -2,8 +2,9 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel
 
-from hf_cod import find_decoder_layers
+from hf_cod import find_decoder_layers, plan_bits, score_layers
 from tests.tiny_models import CAUSAL, FAMILIES, build
 
 PATHS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "bert": "bert.encoder.layer"}
@@ -140,3 +141,20 @@ def test_kernels_of_convolutions_are_no_experts():
     model.model.layers[0].mixer = nn.Conv1d(4, 4, 3)
     stack = find_decoder_layers(model)
     assert stack.experts(0) == {} and len(stack.input_shapes(0)) == len(stack.input_shapes(1))
+
+
+def test_what_a_model_lacks_is_said_of_the_right_field():
+    sizes = {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "n_words": 99}
+    with pytest.raises(ValueError, match=r"expected one module list of 3 layers .* got 4 lists of that length"):
+        find_decoder_layers(AutoModel.from_config(CONFIG_MAPPING["flaubert"](**sizes)))
+    with pytest.raises(ValueError, match=r"^stack or layers_path: expected the name of a module list, got 'encoder'"):
+        find_decoder_layers(build("llama"), stack="encoder")
+
+
+def test_layers_of_convolutions_have_no_matrices():
+    sizes = {"vocab_size": 99, "hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    model = AutoModel.from_config(CONFIG_MAPPING["squeezebert"](**sizes, num_attention_heads=4)).eval()
+    with pytest.raises(ValueError, match=r"^model: expected matrices in the layers of SqueezeBertModel .* got none"):
+        score_layers(model, method="owl", batches=[{"input_ids": torch.ones(2, 9, dtype=torch.long)}])
+    with pytest.raises(ValueError, match=r"quantized, got none; the layers have no Linear$"):
+        plan_bits(model, 4.0)

@@ -115,14 +115,13 @@ def plan_bits(
     layers, left = quantizable(stack, storage, skip)
     sizes = {name: size for layer in layers for name, size in layer.items()}
     if not sizes:
-        kinds = "; ".join(dict.fromkeys(map(str, left.values()))) or "they have no Linear"
-        raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none: {kinds}")
+        why = "; ".join(dict.fromkeys(left.values())) or "the layers have no Linear"
+        raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none; {why}")
     if scores is not None:
         _check_scores(scores, stack)
     if expert_scores is not None:
         expert_scores.check(stack)
-    weights = sum(map(math.prod, sizes.values()))
-    least, most = _range(sizes.values(), storage)
+    weights, (least, most) = sum(map(math.prod, sizes.values())), _range(sizes.values(), storage)
     ends: dict[float, float] = {FEW: least, MANY: most}
     budget = ends.get(bits, bits * weights)
     if not least - _TOLERANCE * weights <= budget <= most + _TOLERANCE * weights:
