@@ -147,7 +147,7 @@ def test_what_a_model_lacks_is_said_of_the_right_field():
     sizes = {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "n_words": 99}
     with pytest.raises(ValueError, match=r"expected one module list of 3 layers .* got 4 lists of that length"):
         find_decoder_layers(AutoModel.from_config(CONFIG_MAPPING["flaubert"](**sizes)))
-    with pytest.raises(ValueError, match=r"^stack or layers_path: expected the name of a module list, got 'encoder'"):
+    with pytest.raises(ValueError, match=r"^stack: expected none for LlamaForCausalLM, .* got 'encoder'"):
         find_decoder_layers(build("llama"), stack="encoder")
 
 
