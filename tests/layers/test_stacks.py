@@ -327,7 +327,9 @@ def test_the_only_list_of_a_model_that_runs_its_layers_several_times():
     with pytest.raises(ValueError, match="expected at least one of 1 layers to be left"):
         drop(model, 0)
     looped = AutoModelForCausalLM.from_config(tiny_config("hrm_text")).eval()
-    with pytest.raises(ValueError, match=r"got none; module lists: model.L_module.layers .*, model.H_module.layers .*; p"):
+    with pytest.raises(
+        ValueError, match=r"got none; module lists: model.L_module.layers .*, model.H_module.layers .*; p"
+    ):
         find_decoder_layers(looped)
     high = {name: tensor.clone() for name, tensor in looped.model.H_module.state_dict().items()}
     report = quantize(looped, OwlBnbConfig(bits=4), batches=[{"input_ids": ids}], stack="model.L_module.layers")

@@ -56,6 +56,5 @@ def test_each_auto_class_of_the_stock_model_loads_the_shaped_one(family):
 def test_a_class_that_no_auto_class_loads_is_named():
     config = MusicgenDecoderConfig(vocab_size=32, num_codebooks=2, hidden_size=32, ffn_dim=48, num_hidden_layers=3)
     model = MusicgenForCausalLM(config)
-    with pytest.raises(ValueError, match=r"^model: expected .*, which Auto classes load, got MusicgenForCausalLM") as e:
+    with pytest.raises(ValueError, match=r"^model: expected a class that an Auto class loads, .*, got Musicgen"):
         factorize(model, 0.5, method="plain")
-    assert "one of ," not in str(e.value)
