@@ -82,8 +82,9 @@ class Sweep:
         if self._scores is None:
             torch.manual_seed(0)
             few = next(cut(self.task.train, SCORED))
-            batches = [model_inputs(batch) for batch in cut(few, 4)]
-            self._scores = score_layers(self.task.build().to(best_device()), batches=batches, threshold=THRESHOLD)
+            model = self.task.build().to(best_device())
+            batches = [model_inputs(model, batch) for batch in cut(few, 4)]
+            self._scores = score_layers(model, batches=batches, threshold=THRESHOLD)
         return self._scores
 
     def run(self, method: str, rate: float, seed: int, part: str) -> dict[str, float]:
