@@ -35,6 +35,7 @@ SMALL = {
 }
 # Small values of options where they stand on a page, and options of a command that are added where they do not.
 REPLACED = {"--steps": "2", "--tokens": "64", "--lora-rank": "2", "--n-removed": "1", "--max-prompts": "2"}
+REPLACED |= {"--max-memory": "64GB"}  # of the whole process, which here holds what other tests have imported
 ADDED = {"heal": {"--tokens": "64"}, "finetune": {"--steps": "2"}, "fit": {"--knobs": "rank"}}
 # A budget within reach of so small a model.
 TOGETHER = {"--bits": "3.6", "--knobs": "bits", "--n-verified": "0"}
