@@ -190,7 +190,7 @@ def _paired(W: Tensor, heads: int) -> Tensor:
 
 
 def _base(config: Any) -> float:
-    """The base of the rotary frequencies; any other is made up for by factors."""
+    """The base of the rotary frequencies; a scaled one is written as factors."""
     told = getattr(config, "rope_parameters", None) or {}
     return float(told.get("rope_theta", 10_000.0))
 
