@@ -10,11 +10,13 @@ import ctypes
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from huggingface_hub import cached_assets_path
 
 PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
@@ -80,6 +82,25 @@ class Tokens(ctypes.Structure):
     )
 
 
+def _fetched() -> Path:
+    """Folder with the package's contents; unpacked aside and renamed, since several processes may fetch it at once."""
+    home = Path(cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"node-llama-cpp-{VERSION}"))
+    with FileLock(home / "lock"):
+        if not (home / FOLDER).is_dir():
+            npm = shutil.which("npm")
+            if npm is None:
+                raise RuntimeError(f"expected npm, to fetch {PACKAGE}, got none")
+            with tempfile.TemporaryDirectory(dir=home) as scratch:
+                command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent"]
+                done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(f"expected the npm package {PACKAGE}, got: {done.stderr.strip()}")
+                with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                    archive.extractall(scratch, filter="data")
+                (Path(scratch) / "package").rename(home / "package")
+    return home
+
+
 @cache
 def library() -> ctypes.CDLL:
     """Fetches the package once, and loads the library, which logs nothing then.
@@ -87,18 +108,7 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: npm or the package is not there.
     """
-    home = Path(cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"node-llama-cpp-{VERSION}"))
-    folder = home / FOLDER
-    if not folder.is_dir():
-        npm = shutil.which("npm")
-        if npm is None:
-            raise RuntimeError(f"expected npm, to fetch {PACKAGE}, got none")
-        command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent"]
-        done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"expected the npm package {PACKAGE}, got: {done.stderr.strip()}")
-        with tarfile.open(next(home.glob("*.tgz"))) as archive:
-            archive.extractall(home, filter="data")
+    folder = _fetched() / FOLDER
     (file,) = folder.glob("libllama.v*.so")
     llama = ctypes.CDLL(str(file))
     (ggml,) = folder.glob("libggml.v*.so")
