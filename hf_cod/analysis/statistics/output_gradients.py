@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_cod.analysis.diagnostics.gradients import check_recorded, count_predictions, mean_loss, why_no_gradients
 from hf_cod.io.text import Batch
@@ -36,7 +37,7 @@ def measure_loss_weights(
     if transformers runs the bank. All of it is lost with the outputs of any of its matrices.
 
     A matrix is missing if its output has no gradient, because it only chooses tokens (the indexers of DeepSeek-V3.2),
-    or is more than the product (the router of Llama 4): c would be 0, which says nothing about the cost. No gradients
+    or if no output is its product: c would be 0, which says nothing about the cost. No gradients
     of weights are computed or changed; memory is that of a forward pass with its activations.
 
     Args:
@@ -46,7 +47,8 @@ def measure_loss_weights(
 
     Raises:
         ValueError: no loss, weights that are quantized or offloaded, or gradients that are not finite, or a layer
-            that runs several times in one forward pass, or a model that does not record the gradients of its layers.
+            that runs several times in one forward pass, or all of whose matrices would be missing, or a model that does
+            not record the gradients of its layers.
     """
     task = task_of(stack.model, batches)
     reason = why_no_gradients(stack, task)
@@ -116,6 +118,13 @@ class _OutputSums:
 
     def weights(self, predictions: int) -> dict[str, float]:
         """c of each matrix; 0 if it received no tokens; see `measure_loss_weights` for those that are missing."""
+        for index in range(len(self._stack)):
+            names = {*self._stack.linears(index), *(one.bank for one in self._stack.expert_matrices(index))}
+            if names and names <= self._without:
+                raise ValueError(
+                    f"model: expected a matrix whose product has a gradient in layer {index}, got none: what "
+                    f"{min(names)} returns is more than its product, or does not reach the loss"
+                )
         found = dict.fromkeys((name for name in self._modules if name not in self._without), 0.0)
         for name in self._found.keys() & found.keys():
             outputs, gradients, tokens = self._found[name].tolist()
@@ -129,7 +138,8 @@ class _OutputSums:
 
     def _hook_of(self, name: str, module: Any) -> Any:
         def read(_: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or not output.requires_grad:
+            output = _product(module, args, output)
+            if output is None or not output.requires_grad:
                 self._without.add(name)
                 return
             bias = getattr(module, "bias", None)
@@ -152,6 +162,21 @@ class _OutputSums:
         if self.mask is None or self.mask.numel() != y.shape[:-1].numel():
             return torch.ones(y.shape[:-1], dtype=torch.float64, device=y.device)
         return self.mask.reshape(y.shape[:-1]).to(y.device, torch.float64)
+
+
+def _product(module: Any, args: Any, output: Any) -> Tensor | None:
+    """The output, or which of several is W x (I-BERT returns a scale beside it, the routers of Llama 4 scores before it);
+    None: none of them is.
+    """
+    if isinstance(output, Tensor):
+        return output
+    weight = getattr(module, "weight", None)
+    if not isinstance(output, (tuple, list)) or not args or weight is None or weight.dim() != 2:
+        return None
+    with torch.no_grad():
+        expected = F.linear(args[0], weight, getattr(module, "bias", None))
+    found = (one for one in output if isinstance(one, Tensor) and one.shape == expected.shape)
+    return next((one for one in found if torch.equal(one, expected)), None)
 
 
 def _begin(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

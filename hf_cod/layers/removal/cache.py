@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_cod.layers.removal.config_surgery import cache_depth
-from hf_cod.layers.removal.wording import Wording
+from hf_cod.layers.removal.wording import REPETITION, Wording
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import DECODER, ENCODER
 
@@ -26,21 +26,33 @@ def check_attended(stack: DecoderLayers, kept: list[int]) -> None:
 
 
 def check_cache(stack: DecoderLayers, wording: Wording) -> None:
-    """Checks that the KV cache has room for each layer of the decoder of an encoder-decoder.
+    """Checks that the KV cache has room for each layer of the decoder.
+
+    transformers sizes it by the number of hidden layers, which is that of the encoder in some encoder-decoders.
 
     Raises:
-        ValueError: the encoder, by which transformers sizes it, has fewer layers.
+        ValueError: the encoder has fewer layers than the decoder.
     """
     model: Any = stack.model
-    if stack.name != ENCODER or not model.can_generate():
+    if not model.can_generate():
         return
-    decoder = len(find_decoder_layers(model, DECODER))
-    if cache_depth(model.config) < decoder:
-        raise ValueError(
-            f"layers: expected at least {decoder} layers in the encoder of {type(model).__name__}, because "
-            f"transformers sizes the KV cache of the {decoder} decoder layers by them, got {len(stack)}; first remove "
-            f"layers of the decoder, or use {wording.temporary}"
-        )
+    name = type(model).__name__
+    if stack.name == ENCODER:
+        decoder = len(find_decoder_layers(model, DECODER))
+        if cache_depth(model.config) < decoder:
+            raise ValueError(
+                f"layers: expected at least {decoder} layers in the encoder of {name}, because transformers sizes the "
+                f"KV cache of the {decoder} decoder layers by them, got {len(stack)}; first remove layers of the "
+                f"decoder, or use {wording.temporary}"
+            )
+    elif wording is REPETITION and stack.name == DECODER:
+        room = cache_depth(model.config)
+        if room < len(stack):
+            raise ValueError(
+                f"layers: expected at most {room} layers in the decoder of {name}, because transformers sizes its KV "
+                f"cache by the layers of the encoder, got {len(stack)}; first repeat layers of the encoder, or use "
+                f"{wording.temporary}"
+            )
 
 
 def _attends(kind: Any) -> bool:

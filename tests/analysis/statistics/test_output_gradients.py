@@ -1,6 +1,7 @@
 """What errors in a matrix's output cost the loss: against autograd by hand, and against errors that are made."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -84,10 +85,9 @@ def test_scores_and_ranks_of_a_model_with_a_silent_block():
     assert all(ranks[name] == 1 for name in ranks if ".layers.1." in name)
 
 
-@pytest.mark.parametrize("kind, part", [("deepseek_v32", ".indexer."), ("llama4_text", ".router")])
-def test_matrices_whose_cost_is_not_known(kind, part):
-    """Indexers run without gradients, and a router returns more than its product: ranks by the mean of their layer."""
-    model = build_type(kind)
+def test_matrices_whose_cost_is_not_known():
+    """Indexers run without gradients: ranks by the mean of their layer."""
+    model, part = build_type("deepseek_v32"), ".indexer."
     batches = two_batches(model)
     stack = find_decoder_layers(model)
     found = measure_loss_weights(stack, batches)
@@ -97,6 +97,48 @@ def test_matrices_whose_cost_is_not_known(kind, part):
     whole = {name: min(shape) for index in range(len(stack)) for name, shape in stack.input_shapes(index).items()}
     ranks = plan_ranks(model, 0.95, batches=batches).ranks
     assert [name for name in names if part in name and ranks.get(name, whole[name]) > 1]
+
+
+def test_a_product_is_found_among_several_outputs():
+    """I-BERT's matrices return a product and the scale of its quantization, Llama 4's routers scores and logits."""
+    routed = build_type("llama4_text")
+    costs = measure_loss_weights(find_decoder_layers(routed), two_batches(routed))
+    assert all(costs[name] > 0 for name, _ in routed.named_modules() if name.endswith(".router"))
+    model = build_type("encoder/ibert")
+    stack = find_decoder_layers(model)
+    batch = {"input_ids": batch_for(model)["input_ids"]}
+    batch["labels"] = batch["input_ids"]
+    found = measure_loss_weights(stack, [batch])
+    name = next(iter(stack.linears(1)))
+    ((y, gradient),) = _outputs_and_gradients(model, batch, name)
+    y = y - model.get_submodule(name).bias
+    expected = 0.5 * gradient.square().sum() / batch["labels"].numel() / y.shape[-1] * y.square().sum(-1).mean()
+    assert found[name] == pytest.approx(float(expected), rel=1e-5) and min(found.values()) > 0
+    with (
+        pytest.raises(ValueError, match=r"^model: expected a matrix whose product has a gradient in layer 0, got none"),
+        _other_outputs(stack),
+    ):
+        measure_loss_weights(stack, [batch])
+
+
+def _outputs_and_gradients(model, batch, name):
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, out: found.append(out[0]))
+    loss = model.eval()(**batch).loss * batch["labels"].numel()
+    handle.remove()
+    return [(y.detach(), torch.autograd.grad(loss, y)[0]) for y in found]
+
+
+@contextmanager
+def _other_outputs(stack):
+    """Within the block no output of the matrices of the first layer is their product."""
+    modules = stack.linears(0).values()
+    handles = [m.register_forward_hook(lambda _, args, out: (2 * out[0], *out[1:])) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_two_tokens():
