@@ -6,6 +6,7 @@ models/ imports no other folder of this package.
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,9 @@ from transformers.utils import (
     FEATURE_EXTRACTOR_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
+    SAFE_WEIGHTS_NAME,
     VIDEO_PROCESSOR_NAME,
+    WEIGHTS_NAME,
 )
 from transformers.utils.hub import (
     CHAT_TEMPLATE_DIR,
@@ -60,7 +63,13 @@ COMPANIONS = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )
+# sentence-transformers lists what follows the model (pooling, projections, normalization), a folder each, here.
+MODULES = "modules.json"
+_WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+_FOLDER = re.compile(r"\w[\w.-]*")
 
 
 def check_new(output: str | Path | None) -> None:
@@ -87,7 +96,8 @@ def find_companions(
 ) -> dict[str, str]:
     """Name -> path of the files beside the weights in a directory or a Hub repository, including custom code.
 
-    These are the files of the tokenizer, of the processors and of the chat templates.
+    These are the files of the tokenizer, of the processors, of the chat templates, and of what sentence-transformers
+    runs after the model.
 
     Args:
         source: A directory or a Hub id.
@@ -98,6 +108,7 @@ def find_companions(
         ValueError: If the Hub did not answer; the model would be saved without its tokenizer.
     """
     found = _find(source, [*COMPANIONS, *_templates(source, revision)], revision)
+    found |= _find_modules(source, revision)
     configs = _find(source, with_code, revision).values()
     return {**found, **_find_code(source, {module for config in configs for module in _own_code(config)}, revision)}
 
@@ -127,6 +138,21 @@ def _templates(source: str | Path, revision: str | None) -> list[str]:
             names = list_repo_templates(str(source), local_files_only=constants.HF_HUB_OFFLINE, revision=revision)
     # Transformers gives names with the suffix if it asks the Hub, and without it from the cache.
     return [f"{CHAT_TEMPLATE_DIR}/{name.removesuffix('.jinja')}.jinja" for name in names]
+
+
+def _find_modules(source: str | Path, revision: str | None) -> dict[str, str]:
+    """`MODULES`, and the config and the weights in each folder that it names."""
+    found = _find(source, [MODULES], revision)
+    for path in [*found.values()]:
+        try:
+            folders = [str(module["path"]) for module in json.loads(Path(path).read_text(encoding="utf-8"))]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"modules: expected a list with a path each in {path!r}, got other contents") from error
+        for folder in filter(None, folders):  # the model itself has none
+            if not _FOLDER.fullmatch(folder):  # copied files must not be written outside the directory
+                raise ValueError(f"modules: expected folders in the same directory, got {folder!r} in {path!r}")
+            found |= _find(source, [f"{folder}/{name}" for name in ("config.json", *_WEIGHTS)], revision)
+    return found
 
 
 def _find(source: str | Path, names: Iterable[str], revision: str | None = None) -> dict[str, str]:

@@ -23,6 +23,7 @@ from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.whole_checkpoint import WholeCheckpoint
+from hf_cod.models.checkpoint import find_companions
 from tests.cli.runs import QUICK, TEXT
 from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
@@ -312,3 +313,22 @@ def test_further_chat_templates_come_along(folder):
     tokenizer.save_pretrained(folder / "model")
     assert main(["convert", "lns", str(folder / "model"), str(folder / "made")]) == 0
     assert AutoTokenizer.from_pretrained(folder / "made").chat_template == tokenizer.chat_template
+
+
+def test_what_sentence_transformers_runs_after_the_model_comes_along(folder):
+    source, weights = folder / "model", {"linear.weight": torch.eye(4)}
+    build("llama").save_pretrained(source)
+    gpt_like().save_pretrained(source)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    files = {"modules.json": modules, "sentence_bert_config.json": {"max_seq_length": 8}}
+    files |= {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}, "2_Dense/config.json": {"in_features": 4}}
+    for name, content in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(json.dumps(content))
+    save_file(weights, source / "2_Dense" / "model.safetensors")
+    run(folder, "prune", "made", "--sparsity", "0.5", "--method", "magnitude")
+    assert {name: json.loads((folder / "made" / name).read_text()) for name in files} == files
+    assert torch.equal(load_file(folder / "made" / "2_Dense" / "model.safetensors")["linear.weight"], torch.eye(4))
+    (source / "modules.json").write_text(json.dumps([{"path": "../other"}]))
+    with pytest.raises(ValueError, match=r"^modules: expected folders in the same directory, got '../other'"):
+        find_companions(source)

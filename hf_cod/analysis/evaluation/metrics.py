@@ -74,7 +74,7 @@ def check_rows(metric: Metric, rows: Any, batch: Batch) -> None:
         )
         most = MOST_NATS if isinstance(metric, Perplexity) else 1
         for number, ((value, count), wanted) in enumerate(zip(rows, counts, strict=True)):
-            if count != (int(count) if wanted is None else wanted) or value > count * most:
+            if count != (count if wanted is None else wanted) or value > count * most:
                 raise ValueError(f"{name}[{number}]: expected a sum and a count, got {brief([value, count])}")
 
 
@@ -176,6 +176,9 @@ class OutputAngle:
     the span's start). Of two towers beside each other it is the final hidden state of the tower that is measured
     (`run_for_metric`). It requires no labels, so it also works for models without a prediction task. 0 for the intact
     model, 0.5 for unrelated outputs.
+
+    The angle of a single number (a reward) is that of its sign. So of a head with one output it is the relative
+    difference sum |y - y_intact| / sum (|y| + |y_intact|) over samples: 0 for the intact model, 1 for opposite signs.
     """
 
     name = "output_angle"
@@ -184,8 +187,10 @@ class OutputAngle:
     compares = True
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
-        """(sum of angles over pi, number of tokens)."""
+        """(sum of angles over pi, number of tokens), or of a single number (difference, sum of the sizes)."""
         a, b = wide(_main_output(outputs)), wide(_main_output(intact))
+        if a.shape[-1] == 1:
+            return torch.stack([(a - b).abs(), a.abs() + b.abs()], -1).flatten(1, -2).sum(1).tolist()
         angle = nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() / math.pi  # (S, T), or (S,)
         angle = angle.reshape(len(a), -1)
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
@@ -193,9 +198,9 @@ class OutputAngle:
         return torch.stack([(angle * weight).sum(-1), weight.sum(-1)], -1).tolist()
 
     def value(self, rows: Sequence[Any]) -> float:
-        """Mean over all tokens, in [0, 1]."""
+        """Mean over all tokens, in [0, 1]; 0 if all outputs are 0."""
         angle, tokens = (sum(column) for column in zip(*rows, strict=True))
-        return angle / tokens
+        return angle / tokens if tokens else 0.0
 
 
 class EvaluateModule:

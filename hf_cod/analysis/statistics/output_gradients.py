@@ -37,8 +37,8 @@ def measure_loss_weights(
     if transformers runs the bank. All of it is lost with the outputs of any of its matrices.
 
     A matrix is missing if its output has no gradient, because it only chooses tokens (the indexers of DeepSeek-V3.2),
-    or if no output is its product: c would be 0, which says nothing about the cost. No gradients
-    of weights are computed or changed; memory is that of a forward pass with its activations.
+    or if no output is its product: c would be 0, which says nothing about the cost. No gradients of weights are
+    computed or changed; memory is that of a forward pass with its activations.
 
     Args:
         stack: the layers of a model with a loss and weights in memory.
@@ -165,8 +165,8 @@ class _OutputSums:
 
 
 def _product(module: Any, args: Any, output: Any) -> Tensor | None:
-    """The output, or which of several is W x (I-BERT returns a scale beside it, the routers of Llama 4 scores before it);
-    None: none of them is.
+    """The output, or which of several is W x (I-BERT returns a scale with it, a router of Llama 4 scores); None: none
+    of them is.
     """
     if isinstance(output, Tensor):
         return output

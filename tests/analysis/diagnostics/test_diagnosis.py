@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from examples.tiny_architectures import tiny_config
-from hf_cod import DiagnoseSettings, MeasurementError, RunReport, diagnose, pack_sparse, plan_depth, prune
+from hf_cod import DiagnoseSettings, MeasurementError, RunReport, diagnose, pack_sparse, plan_depth, prune, skip
 from hf_cod.analysis.diagnostics import diagnosis
 from hf_cod.analysis.diagnostics.applicable import applicable
 from hf_cod.analysis.diagnostics.findings import summarize
@@ -143,6 +143,20 @@ def test_models_that_need_labels_are_measured_without_them():
     ]
     with pytest.raises(ValueError, match="output_angle or a callable for batches without labels, got 'accuracy'"):
         diagnose(build("vit"), batches=[batch_for(build("vit"))], drop_metric="accuracy")
+
+
+def test_a_reward_is_compared_by_its_size():
+    """The angle of a single number would be that of its sign."""
+    model = headed("regression").eval()
+    batch = {"input_ids": torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))}
+    drop = diagnose(model, batches=[batch], metrics=["layer_drop"], show_progress=False).layers["layer_drop"]
+    with torch.no_grad():
+        intact, found = model(**batch).logits, []
+        for layer in range(len(drop)):
+            with skip(model, [layer]):
+                without = model(**batch).logits
+            found.append(float((without - intact).abs().sum() / (without.abs() + intact.abs()).sum()))
+    assert drop == pytest.approx(found, rel=1e-5) and 0 < min(found) < max(found) < 1
 
 
 @pytest.mark.parametrize(
