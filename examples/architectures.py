@@ -84,7 +84,8 @@ def _limited() -> Iterator[None]:
 
 def built(case: Case) -> dict[str, Any]:
     """Whether a tiny model of a kind can be built, run and loaded again here: {"why": None or why not, "experts":
-    whether its layers hold banks of experts, "no_images": why no images can be made for it, if it is to have some}."""
+    whether its layers hold banks of experts, "no_images": why no images can be made for it, if it is to have some,
+    "refused": why the package finds no layers in a model that transformers runs}."""
     try:
         model = case.build()
         banks = any(p.dim() == 3 and "expert" in name for name, p in model.named_parameters())
@@ -103,6 +104,10 @@ def built(case: Case) -> dict[str, Any]:
             why = f"transformers loads it with other outputs: {distance(again, found):.1e}"
     except NoImagesError as error:
         return {"why": None, "experts": banks, "no_images": _line(error)}
+    except ValueError as error:  # of a model that transformers runs, the package finds no layers
+        if str(error).startswith("model: "):
+            return {"why": None, "experts": banks, "refused": _line(error)}
+        return {"why": f"ValueError: {_line(error)}", "experts": False}
     except Exception as error:  # whatever a config of these sizes raises
         return {"why": f"{type(error).__name__}: {_line(error)}", "experts": False}
     return {"why": why, "experts": banks}
@@ -128,12 +133,9 @@ def sweep(
         case = Case(kind)
         results[kind] = {"built": _once(journal, f"{kind} built", partial(built, case), ())}
         if results[kind]["built"]["why"] is None:
-            unseen = results[kind]["built"].get("no_images")
             for check in (check for check in checks_of(case) if check in checks):
-                results[kind][check] = (
-                    _once(journal, f"{kind} {check}", partial(tried, case, check), again)
-                    if unseen is None
-                    else {"result": NOT_RUN, "why": f"not run on images: {unseen}"}
+                results[kind][check] = _told(results[kind]["built"]) or _once(
+                    journal, f"{kind} {check}", partial(tried, case, check), again
                 )
         write_json(output / "architectures.json", {"versions": _versions(), "results": results})
         write_text(output / "architectures.md", page(results, _versions()))
@@ -149,6 +151,13 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     results = sweep(_chosen(arguments), Path(arguments.output), arguments.checks, arguments.again)
     print(page(results, _versions()))
+
+
+def _told(found: dict[str, Any]) -> dict[str, str] | None:
+    """The result of every check where `built` has it."""
+    if "no_images" in found:
+        return {"result": NOT_RUN, "why": f"not run on images: {found['no_images']}"}
+    return {"result": REFUSED, "why": found["refused"]} if "refused" in found else None
 
 
 def _once(journal: Journal, key: str, work: Callable[[], Any], again: Sequence[str]) -> Any:
