@@ -5,12 +5,11 @@ Imports only the standard library and other settings, so that `--help` is fast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.sizes import parse_bytes
-from hf_cod.compression.search.settings import SearchSettings
 from hf_cod.io.settings import (
     PLOT_FORMATS,
     DefaultNumber,
@@ -22,8 +21,16 @@ from hf_cod.io.settings import (
     check_least,
     given,
 )
-from hf_cod.scoring.settings import COMPUTED, AllocationSettings, ScoreSettings, options_of, score_with
+from hf_cod.scoring.settings import (
+    COMPUTED,
+    EXPERT,
+    AllocationSettings,
+    ScoreSettings,
+    options_of,
+    score_with,
+)
 from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.training.healing.settings import RecoverySettings
 
 if TYPE_CHECKING:
     from hf_cod.scoring.allocation import LayerAllocation
@@ -77,12 +84,17 @@ class CompressionSettings(MeasuringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ScoreSettings(**{name: getattr(self, name) for name in options_of(self)})
+        ScoreSettings(**self.of_scores())
+
+    def of_scores(self, score: str | None = None) -> dict[str, Any]:
+        """The settings of a score, or of any score if none is named. A plan by expert has scores of layers."""
+        names = options_of(self, score)
+        return {n: getattr(self, n) for n in names if n != "granularity" or getattr(self, n) != EXPERT}
 
     @property
     def implied_score(self) -> str | None:
         """The score of which a setting is given, which the commands use if no score is given; None without settings."""
-        return next((score_with(name) for name in given(self, options_of(self))), None)
+        return next((score_with(name) for name in given(self, self.of_scores())), None)
 
     def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
         """Checks that a scores file and settings of scores are only given if they have an effect.
@@ -100,55 +112,16 @@ class CompressionSettings(MeasuringSettings):
         if instead and scores_file is not None:
             raise ValueError(f"scores: expected none with {instead}, which uses no scores, got {scores_file!r}")
         if instead or scores_file is not None:
-            names = ("score", *options_of(self))
+            names = ("score", *self.of_scores())
             check_effect(self, names, f"{instead}, which uses no scores" if instead else COMPUTED)
         score = getattr(self, "score", None)
         used = options_of(self, score) if score in SCORES else []
-        for name in given(self, options_of(self)):
+        for name in given(self, self.of_scores()):
             if name not in used:
                 got, known = score or "the default score of this command", score_with(name)
                 raise ValueError(
                     f"{name}: expected score {known}, which it is a setting of, got {got}; set --score {known}"
                 )
-
-
-@dataclass
-class PlanSearchSettings:
-    """Settings of the search for a plan."""
-
-    search: bool = field(
-        default=False,
-        metadata={
-            "help": "search for the plan: start from the best of the plans by several scores, or of those by --scores "
-            "and the uniform one, and improve it by the KL divergence between the intact and the compressed model, on "
-            "the second half of the calibration samples (EvoPress, arXiv 2410.14649). The cost is printed first"
-        },
-    )
-    search_passes: int = as_in(SearchSettings, "passes")
-
-    def check_search(self, without: Sequence[str]) -> None:
-        """Checks that settings of a plan by one score are not given with a search, nor settings of a search without.
-
-        Args:
-            without: the fields that a search does not use.
-        """
-        check_least(self, search_passes=1)
-        if not self.search:
-            check_effect(self, ["search_passes"], "a plan without --search")
-            return
-        check_effect(self, without, "search, which does not use it")
-
-
-def check_parts(settings: CompressionSettings) -> None:
-    """Checks that all matrices are chosen if parts of layers have values of their own, whose mean is over all of them.
-
-    Raises:
-        ValueError: `include` or `exclude` is given.
-    """
-    granularity = getattr(settings, "granularity", "layer")
-    named = next((name for name in ("include", "exclude") if getattr(settings, name, None)), None)
-    if granularity != "layer" and named is not None:
-        raise ValueError(f"granularity: expected layer with {named}, got {granularity}")
 
 
 @dataclass
@@ -185,8 +158,30 @@ class SpreadSettings(CompressionSettings):
     def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
         """Checks also that a spread is not given with equal scores."""
         super().check_scored(scores_file, instead)
+        spread = ["spread"] if getattr(self, "granularity", "") != EXPERT else []
         if scores_file is None and getattr(self, "score", None) == "uniform":
-            check_effect(self, ["spread"], "score uniform, by which all layers are treated alike")
+            check_effect(self, spread, "score uniform, by which all layers are treated alike")
+
+
+@dataclass
+class RecoveryOptions:
+    """Settings of recovery training after pruning."""
+
+    recover_steps: int = field(
+        default=0,
+        metadata={
+            "help": "number of LoRA training steps after pruning, which keep the zeros and require peft; 0: no training"
+        },
+    )
+    recover_rank: int = as_in(RecoverySettings, "rank")
+    recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
+
+    def __post_init__(self) -> None:
+        check_least(self, recover_steps=0, recover_rank=1)
+        if not 0 < self.recover_learning_rate < math.inf:
+            raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
+        if not self.recover_steps:
+            check_effect(self, ("recover_rank", "recover_learning_rate"), "recover_steps 0, which trains nothing")
 
 
 @dataclass

@@ -23,9 +23,12 @@ from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.expert_methods import score_experts
+from hf_cod.scoring.expert_scores import ExpertScores
 from hf_cod.scoring.imports.importer import import_scores, read_scores
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import EXPERT
 from hf_cod.scoring.settings import METHODS as SCORES
 
 
@@ -112,11 +115,18 @@ class Work:
         if self.scores is None:
             names = [name for name in (*SCORES[method].settings, "layers_path") if hasattr(self.settings, name)]
             own = {name: getattr(self.settings, name) for name in names}
+            if own.get("granularity") == EXPERT:  # layers have scores as a whole, beside those of experts
+                del own["granularity"]
             chosen = {name: value for name, value in chosen.items() if name in SCORES[method].settings}
             more = {**own, **chosen, "batches": self.calibration, "show_progress": True}
             more["journal"] = self.options["journal"]
             self.scores = score_layers(self.model, method=method, **more)
         return self.scores
+
+    def score_experts(self, method: str) -> ExpertScores:
+        """The scores of single experts of the current model."""
+        where = {"layers_path": self.settings.layers_path, "show_progress": True}
+        return score_experts(self.model, method=method, batches=self.calibration, **where)
 
     def search(self, kind: str, budget: float, **chosen: Any) -> LayerAllocation:
         """The plan of a search with the command's settings; from the scores of the file if one was passed."""

@@ -19,7 +19,7 @@ Names = str | list[str] | None
 _RULE = "names (down_proj matches each name that ends in .down_proj), or one regular expression for the whole name"
 FIELDS = ("include", "exclude")
 # Settings that earlier versions did not write.
-NEWER = (*FIELDS, "chat_template")
+NEWER = (*FIELDS, "chat_template", "experts")
 
 
 @checked

@@ -217,6 +217,13 @@ class ExpertSet:
         """Names of the modules that hold the matrices: banks, or the list."""
         return list(dict.fromkeys(matrix.bank for matrix in self.banked)) or [self.name]
 
+    def matrices_of(self, expert: int) -> list[tuple[str, int | None]]:
+        """(name of a matrix, expert) of each matrix of one expert; None if the matrix is a module of its own."""
+        return [
+            (matrix.name, expert) if isinstance(matrix, ExpertMatrix) else ([*matrix.linears][expert], None)
+            for matrix in self.matrices
+        ]
+
     def sizes(self) -> list[int]:
         """Number of weights of each expert."""
         found = [0] * self.count

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -21,21 +18,27 @@ from hf_cod.io.schema import brief, limits
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.scoring.budget_checks import check_target, choices_of, granularity_of, spread_within, weights_of
+from hf_cod.scoring.expert_scores import ExpertScores
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.part_plans import groups_of, values_of_matrices
+from hf_cod.scoring.part_plans import (
+    groups_of,
+    scores_and_weights,
+    values_of_matrices,
+    values_with_experts,
+    weights_of_parts,
+)
 from hf_cod.scoring.search_results import check_search
 from hf_cod.scoring.settings import (
     DEFAULT_SPREAD,
-    GRANULARITIES,
+    EXPERT,
     OLD_KINDS,
+    PLAN_GRANULARITIES,
     AllocationFields,
     AllocationSettings,
     Kind,
 )
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_BITS = (3.0, 4.0)
 # Upper bounds of values in a file, above those of any model.
 MOST_BITS = 64
 MOST_GROUP = 1 << 20
@@ -59,9 +62,12 @@ class LayerAllocation(Exportable, JsonFile):
         model: name of the scored model.
         sizes: number of weights in the matrices of each of its layers, used to reject the allocation on another model;
             None: unknown, no check.
-        granularity: what has a value of its own: "layer", "block" (attention, MLP) or "module" (each matrix).
+        granularity: what has a value of its own: "layer", "block" (attention, MLP), "module" (each matrix) or "expert".
         modules: for blocks and matrices, name of each matrix -> its value; `values` are then the means of the layers.
         search: what `search_plan` says about the plan that it found; else empty.
+        experts: for experts, name of the experts, as in `ExpertScores` -> the value of each; `values` are then the
+            means of the layers.
+        common: for experts, the value of all other matrices of each layer (attention, shared experts).
     """
 
     FIELD = "allocation"
@@ -75,15 +81,21 @@ class LayerAllocation(Exportable, JsonFile):
     group: int | None = field(default=None, metadata=limits(least=2, most=MOST_GROUP))
     model: str = ""
     sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="values"))
-    granularity: str = field(default="layer", metadata=limits(choices=tuple(GRANULARITIES)))
+    granularity: str = field(default="layer", metadata=limits(choices=tuple(PLAN_GRANULARITIES)))
     modules: dict[str, float] = field(default_factory=dict, metadata=limits(least=0))
     search: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, list[float]] = field(default_factory=dict, metadata=limits(least=0))
+    common: list[float] = field(default_factory=list, metadata=limits(least=0))
 
     def check_read(self) -> None:
         """Checks that shares are at most 1, and that values of N:M sparsity are multiples of 1 / M."""
         check_search(self.search)
-        if (self.granularity == "layer") == bool(self.modules):
-            raise ValueError(f"modules: expected some for block and module, none for layer, got {brief(self.modules)}")
+        if (self.granularity in ("layer", EXPERT)) == bool(self.modules):
+            raise ValueError(f"modules: expected some for block and module, else none, got {brief(self.modules)}")
+        wanted = (True, len(self.values)) if self.granularity == EXPERT else (False, 0)
+        if (bool(self.experts), len(self.common)) != wanted:
+            got = f"{len(self.experts)} and {len(self.common)} for {self.granularity}"
+            raise ValueError(f"experts: expected some, and common of each layer, for expert, else none, got {got}")
         if not self.values or not sum(self.parameters):
             raise ValueError(f"parameters: expected weights of at least one layer, got {brief(self.parameters)}")
         most = MOST_BITS if self.kind == "bits" else 1
@@ -91,21 +103,26 @@ class LayerAllocation(Exportable, JsonFile):
             if value > most + 1e-9:  # means are off by rounding errors
                 name = f"values[{layer}]" if layer < len(self.values) else "budget"
                 raise ValueError(f"{name}: expected {self.kind} in 0..{most}, got {value}")
-        for matrix, value in self.modules.items():
+        for name, value in self._of_parts():
             if value > most + 1e-9:
-                raise ValueError(f"modules[{matrix!r}]: expected {self.kind} in 0..{most}, got {value}")
+                raise ValueError(f"{name}: expected {self.kind} in 0..{most}, got {value}")
         if self.group is not None:
             self._check_group(self.group)
 
     def _check_group(self, group: int) -> None:
         if self.kind != "sparsity":
             raise ValueError(f"group: expected none for {self.kind}, got {group}")
-        places = self.modules.items() if self.modules else enumerate(self.values)
-        name = "modules" if self.modules else "values"
-        for place, value in places:
+        of_layers = [(f"values[{layer}]", value) for layer, value in enumerate(self.values)]
+        for name, value in of_layers if self.granularity == "layer" else self._of_parts():
             zeros = value * group
             if abs(zeros - round(zeros)) > 1e-6 or round(zeros) == group:
-                raise ValueError(f"{name}[{place!r}]: expected n / {group} with n < {group}, got {value}")
+                raise ValueError(f"{name}: expected n / {group} with n < {group}, got {value}")
+
+    def _of_parts(self) -> list[tuple[str, float]]:
+        """(place in a file, value) of matrices, of experts and of what all tokens enter."""
+        of_matrices = [(f"modules[{name!r}]", value) for name, value in self.modules.items()]
+        of_experts = [(f"experts[{n!r}][{e}]", v) for n, found in self.experts.items() for e, v in enumerate(found)]
+        return [*of_matrices, *of_experts, *((f"common[{layer}]", v) for layer, v in enumerate(self.common))]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=2))
@@ -120,10 +137,10 @@ class LayerAllocation(Exportable, JsonFile):
         """(N, M) of each layer: N of every M weights are kept.
 
         Raises:
-            ValueError: not an N:M allocation, or one whose matrices have patterns of their own.
+            ValueError: not an N:M allocation, or one whose matrices or experts have patterns of their own.
         """
-        if self.modules:
-            raise ValueError(f"granularity: expected layer, got {self.granularity}; pattern(value) is that of a matrix")
+        if self.granularity != "layer":
+            raise ValueError(f"granularity: expected layer, got {self.granularity}; pattern(value) is that of a part")
         return [self.pattern(value) for value in self.values]
 
     def pattern(self, value: float) -> tuple[int, int]:
@@ -160,6 +177,7 @@ def allocate(
     spread: float | None = None,
     *,
     layer_parameters: Sequence[int] | None = None,
+    expert_scores: ExpertScores | None = None,
     settings: AllocationSettings | None = None,
     **fields: Unpack[AllocationFields],
 ) -> LayerAllocation:
@@ -170,6 +188,9 @@ def allocate(
     one step, so they may leave the interval by that; they keep the order of the scores, and the error of their mean is
     at most half a step of the largest layer. N:M keeps at least one weight of M in each layer.
 
+    With scores of experts, there are two such plans with the same budget and interval: one of all experts of the model
+    by their scores, and one of what is left of each layer (attention, shared experts) by the scores of the layers.
+
     Args:
         scores: from `score_layers`.
         kind: see `LayerAllocation`; default: sparsity.
@@ -178,44 +199,67 @@ def allocate(
         spread: lambda; default: the best one that the method `auto` found, else 0.08; reduced if the budget is nearer
             than that to 0, to 1 or to an end of the choices. Not for bits, which are spread over the choices.
         layer_parameters: weight of each layer in the mean; default: `scores.parameters`.
+        expert_scores: of the same model, from `score_experts`; for sparsity, parameter_share and rank. For bits, pass
+            them to `plan_bits` or `OwlBnbConfig`.
         settings: how the budget is distributed.
         **fields: or fields of `AllocationSettings` by name: `choices`, the allowed values, rising (default for bits: 3
             and 4, else any); `group`, for N:M sparsity with this M and a separate N for each layer; `rule`, "bounded"
             (as described above) or "authors", OWL's released formula, which keeps neither the interval nor the weighted
-            mean (`functional.budget.authors_sparsity`); `granularity`, what gets a value of its own: "layer", "block"
-            or "module". The latter two require scores of the same granularity. All matrices that engines fuse (query,
-            key and value; gate and up) get the same bits.
+            mean (`functional.budget.authors_sparsity`); `granularity`, what gets a value of its own: "layer", "block",
+            "module" or "expert". Block and module require scores of the same granularity, expert requires
+            `expert_scores`. All matrices that engines fuse (query, key and value; gate and up) get the same bits.
 
     Raises:
-        ValueError: a budget, spread, group or choice out of range.
+        ValueError: a budget, spread, group or choice out of range; scores of experts of another model.
     """
     kind = current_value("kind", kind, OLD_KINDS, above=2)
     chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
-    mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
-    granularity = _granularity(scores, chosen.granularity, layer_parameters)
-    groups = [] if granularity == "layer" else groups_of(scores, fuses=chosen.kind == "bits")
-    weights = _weights(scores, layer_parameters)
-    places = torch.tensor([group.weights for group in groups], dtype=torch.float64) if groups else weights
-    choices = _choices(chosen.kind, mean, chosen.choices, group)
-    _check_target(scores, chosen.kind, mean)
+    granularity = granularity_of(scores, chosen, layer_parameters, expert_scores)
+    groups = [] if granularity in ("layer", EXPERT) else groups_of(scores, fuses=chosen.kind == "bits")
+    weights = weights_of(scores, layer_parameters)
+    places = weights_of_parts(scores, groups, expert_scores) if groups or expert_scores else weights
+    choices = choices_of(chosen.kind, chosen.budget, chosen.choices, chosen.group)
+    check_target(scores, chosen.kind, chosen.budget)
+    lam = _lambda(scores, chosen, choices)
     D = torch.tensor([group.value for group in groups] if groups else scores.values, dtype=torch.float64)
-    if chosen.kind == "bits":
-        if lam is not None or rule != "bounded":
-            raise ValueError("spread: expected none for bits, which are spread over the choices, and the rule bounded")
-        assert choices is not None
-        values = budgets.spread(D, places, mean, choices[0], choices[-1], falling=False)
-    else:
-        ends = (choices[0], choices[-1]) if choices else (0.0, 1.0)
-        lam = _lambda(mean, lam, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
-        values = _shares(D, places, chosen.kind, mean, lam, rule)
-    if choices is not None:
-        values = budgets.round_to(values, choices, places, first=-D if FALLING[chosen.kind] else D)
-    counted, found = weights.long().tolist(), values.tolist()
+    found = _distributed(D, places, chosen, lam, choices)
     modules: dict[str, float] = {}
     if groups:
-        modules, found = values_of_matrices(scores, groups, found, mean)
-    made_for = (scores.model, list(scores.parameters))
-    return LayerAllocation(chosen.kind, mean, found, counted, scores.method, group, *made_for, granularity, modules)
+        modules, found = values_of_matrices(scores, groups, found, chosen.budget)
+    of_layers = (found, weights.long().tolist(), scores.method, chosen.group)
+    made_for = (scores.model, list(scores.parameters), granularity, modules)
+    plan = LayerAllocation(chosen.kind, chosen.budget, *of_layers, *made_for)
+    if expert_scores is None:
+        return plan
+    own = _distributed(*scores_and_weights(expert_scores), chosen, lam, choices)
+    experts, means = values_with_experts(found, plan.parameters, expert_scores, own)
+    method = f"{scores.method}, experts by {expert_scores.method}"
+    return replace(plan, method=method, values=means, experts=experts, common=found)
+
+
+def _lambda(scores: LayerScores, chosen: AllocationSettings, choices: Sequence[float] | None) -> float:
+    """Half the width of the interval of the values; bits, whose interval is that of the choices, have none."""
+    if chosen.kind != "bits":
+        ends = (choices[0], choices[-1]) if choices else (0.0, 1.0)
+        return spread_within(chosen.budget, chosen.spread, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
+    if chosen.spread is not None or chosen.rule != "bounded":
+        raise ValueError("spread: expected none for bits, which are spread over the choices, and the rule bounded")
+    return 0.0
+
+
+def _distributed(
+    D: Tensor, weights: Tensor, chosen: AllocationSettings, lam: float, choices: Sequence[float] | None
+) -> list[float]:
+    """The budget over parts with these scores and weights."""
+    falling = FALLING[chosen.kind]
+    if chosen.kind == "bits":
+        assert choices is not None
+        values = budgets.spread(D, weights, chosen.budget, choices[0], choices[-1], falling)
+    else:
+        values = _shares(D, weights, chosen.kind, chosen.budget, lam, chosen.rule)
+    if choices is not None:
+        values = budgets.round_to(values, choices, weights, first=-D if falling else D)
+    return values.tolist()
 
 
 def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, rule: str) -> Tensor:
@@ -230,60 +274,3 @@ def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, ru
             f"{float(values.min()):.4g} to {float(values.max()):.4g}"
         )
     return values
-
-
-def _granularity(scores: LayerScores, granularity: str | None, layer_parameters: Sequence[int] | None) -> str:
-    """What gets a value of its own: as given, else what has a score of its own."""
-    granularity = granularity or scores.granularity
-    if granularity not in ("layer", scores.granularity):
-        raise ValueError(
-            f"granularity: expected {scores.granularity} with these scores, got {granularity}; "
-            f"score_layers(..., granularity={granularity!r}) scores parts, with a method that measures them"
-        )
-    if granularity != "layer" and layer_parameters is not None:
-        raise ValueError(f"layer_parameters: expected none with granularity {granularity}, got {layer_parameters}")
-    return granularity
-
-
-def _weights(scores: LayerScores, parameters: Sequence[int] | None) -> Tensor:
-    found = scores.parameters if parameters is None else list(parameters)
-    if len(found) != len(scores.values) or min(found) < 0 or not 0 < sum(found) < math.inf:
-        raise ValueError(f"layer_parameters: expected {len(scores.values)} counts, one per layer, got {found}")
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: int | None) -> list[float] | None:
-    """The allowed discrete values, None for any; checks them and the budget."""
-    if group is not None:
-        if kind != "sparsity" or choices is not None or type(group) is not int or group < 2:
-            raise ValueError(f"group: expected at least 2, for sparsity without choices, got {group} for {kind}")
-        choices = [n / group for n in range(group)]  # not 1, which would remove all weights of a layer
-    if kind == "bits":
-        choices = choices or DEFAULT_BITS
-    if choices is not None and (not choices or any(not a < b for a, b in pairwise(choices))):
-        raise ValueError(f"choices: expected rising values, got {choices}")
-    low, high = (choices[0], choices[-1]) if choices else (0.0, 1.0)
-    if kind != "bits" and (low < 0 or high > 1):
-        raise ValueError(f"choices: expected values in 0..1, got {choices}")
-    if not low <= budget <= high:
-        more = "" if group is None else f" (one weight of {group} is kept in each layer); use a larger group"
-        raise ValueError(f"budget: expected {kind} in {low:g}..{high:g}, got {budget}{more}")
-    return None if choices is None else list(choices)
-
-
-def _check_target(scores: LayerScores, kind: str, budget: float) -> None:
-    """Warns if the scores were measured around another sparsity than the budget."""
-    target = scores.settings.get("target")
-    if kind == "sparsity" and target is not None and abs(target - budget) > 1e-6:
-        logger.warning("scores: %s measured them at sparsity %g, but the budget is %g", scores.method, target, budget)
-
-
-def _lambda(budget: float, spread: float | None, default: float, low: float, high: float) -> float:
-    room = min(budget - low, high - budget)
-    if spread is None:
-        return min(default, room)
-    # A tolerance for rounding errors: in floats 1 - 0.7 is less than 0.3.
-    if not 0 <= spread <= room + 1e-9:
-        bounds = f"{low:g}..{high:g}"
-        raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread is in {bounds}, got {spread}")
-    return min(spread, room)

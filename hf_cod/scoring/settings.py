@@ -12,12 +12,15 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
 from hf_cod.io.settings import SampleFields, as_in, check_choice, layers_path_field
 
-# What has a score, or a value of a plan, of its own -> its matrices.
+# What has a score of its own -> its matrices.
 GRANULARITIES: dict[str, str] = {
     "layer": "all matrices of a layer",
     "block": "those of its attention, and those of its MLP",
     "module": "each matrix",
 }
+# What has a value of a plan of its own; scores of experts are in addition to those of layers.
+EXPERT = "expert"
+PLAN_GRANULARITIES = GRANULARITIES | {EXPERT: "each expert of a mixture, and what is left of each layer"}
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,11 @@ class AllocationSettings:
     rule: str = field(default="bounded", metadata={"help": "how scores become values", "choices": list(RULES)})
     granularity: str | None = field(
         default=None,
-        metadata={"help": "what has a value of its own: layer, block or module; default: what has a score of its own"},
+        metadata={
+            "help": "what has a value of its own, block and module by scores of these. "
+            + "; ".join(f"{name}: {meant}" for name, meant in PLAN_GRANULARITIES.items()),
+            "choices": list(PLAN_GRANULARITIES),
+        },
     )
 
     def __post_init__(self) -> None:
@@ -281,7 +288,7 @@ class AllocationSettings:
         check_choice("kind", self.kind, KINDS)
         check_choice("rule", self.rule, RULES)
         if self.granularity is not None:
-            check_choice("granularity", self.granularity, GRANULARITIES)
+            check_choice("granularity", self.granularity, PLAN_GRANULARITIES)
 
 
 class AllocationFields(TypedDict, total=False):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings, check_parts
+from hf_cod.cli.plan_settings import check_parts
+from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.low_rank.settings import FACTOR_SHARE, WEIGHINGS, FactorizeSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names

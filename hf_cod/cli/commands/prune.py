@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import (
-    CompressionOutput,
-    LimitedModelSettings,
-    PlanSearchSettings,
-    SpreadSettings,
-    check_parts,
-)
+from hf_cod.cli.plan_settings import PartSettings, PlanSearchSettings, check_parts
+from hf_cod.cli.settings import CompressionOutput, LimitedModelSettings, RecoveryOptions, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
-from hf_cod.io.settings import DefaultName, TextSettings, as_in, check_choice, check_effect, check_least
+from hf_cod.io.settings import DefaultName, TextSettings, as_in, check_choice, check_effect
 from hf_cod.scoring.settings import METHODS as SCORES
-from hf_cod.scoring.settings import PRUNERS, ScoreSettings, options_of
-from hf_cod.training.healing.settings import RecoverySettings
+from hf_cod.scoring.settings import PRUNERS, options_of
 
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
@@ -30,6 +23,7 @@ if TYPE_CHECKING:
     from hf_cod.layers.memory_limit import Copies
     from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
+    from hf_cod.scoring.expert_scores import ExpertScores
     from hf_cod.scoring.layer_scores import LayerScores
 
 DEFAULT_SPARSITY = 0.5
@@ -39,7 +33,7 @@ DEFAULT_SCORE = "angular"
 
 
 @dataclass
-class PruneOptions(SpreadSettings, PlanSearchSettings):
+class PruneOptions(SpreadSettings, PlanSearchSettings, PartSettings):
     """Settings of pruning, and of samples."""
 
     method: str = as_in(PruneSettings, "method")
@@ -64,12 +58,12 @@ class PruneOptions(SpreadSettings, PlanSearchSettings):
             "score; default: no pattern"
         },
     )
-    granularity: str = as_in(ScoreSettings, "granularity")
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        PartSettings.__post_init__(self)
         self.check_search(("score", "spread", "pattern", "include", "exclude", *options_of(self, "owl")[:2]))
         PruneSettings(method=self.method)
         check_names(self)
@@ -81,7 +75,9 @@ class PruneOptions(SpreadSettings, PlanSearchSettings):
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
         if self.fixed and (self.sparsity is not None or self.spread is not None):
             raise ValueError(f"pattern: expected no sparsity or spread with {self.pattern}, which determines them")
-        if not self.fixed:
+        if self.fixed:
+            check_effect(self, ["granularity"], f"pattern {self.pattern}, which is the same for all")
+        else:
             self.check_spread()
 
     @property
@@ -89,7 +85,7 @@ class PruneOptions(SpreadSettings, PlanSearchSettings):
         """The pattern if it is the same for all layers, else None."""
         if self.pattern is None or self.group is not None:
             return None
-        from hf_cod.compression.pruning.pruner import parse_pattern
+        from hf_cod.compression.pruning.targets import parse_pattern
 
         parse_pattern(self.pattern)
         return self.pattern
@@ -105,32 +101,16 @@ class PruneOptions(SpreadSettings, PlanSearchSettings):
         """The sparsity over all layers together."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
-    def allocate(self, scores: LayerScores, weights: Sequence[int] | None = None) -> LayerAllocation:
-        """The sparsity of each layer; `weights` are the numbers of those to prune in each, by default all."""
+    def allocate(
+        self, scores: LayerScores, weights: Sequence[int] | None = None, experts: ExpertScores | None = None
+    ) -> LayerAllocation:
+        """The sparsity of each layer, and of each expert if these have scores; `weights` are the numbers of those to
+        prune in each layer, by default all.
+        """
         from hf_cod.scoring.allocation import allocate
 
-        return allocate(scores, "sparsity", self.budget, self.spread, group=self.group, layer_parameters=weights)
-
-
-@dataclass
-class RecoveryOptions:
-    """Settings of recovery training after pruning."""
-
-    recover_steps: int = field(
-        default=0,
-        metadata={
-            "help": "number of LoRA training steps after pruning, which keep the zeros and require peft; 0: no training"
-        },
-    )
-    recover_rank: int = as_in(RecoverySettings, "rank")
-    recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
-
-    def __post_init__(self) -> None:
-        check_least(self, recover_steps=0, recover_rank=1)
-        if not 0 < self.recover_learning_rate < math.inf:
-            raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
-        if not self.recover_steps:
-            check_effect(self, ("recover_rank", "recover_learning_rate"), "recover_steps 0, which trains nothing")
+        more: dict[str, Any] = {"layer_parameters": weights, "expert_scores": experts}
+        return allocate(scores, "sparsity", self.budget, self.spread, group=self.group, **more)
 
 
 def make_parser() -> SettingsParser:
@@ -168,6 +148,7 @@ class Prune(Step):
     def __init__(self, settings: PruneOptions, recovery: RecoveryOptions) -> None:
         super().__init__(settings)
         self.recovery = recovery
+        self._experts: ExpertScores | None = None
 
     def identity(self) -> Any:
         """The settings, including those of recovery."""
@@ -190,7 +171,7 @@ class Prune(Step):
     def check(self, work: Work) -> None:
         """Checks that weights can be written, and that rows consist of complete groups of M."""
         from hf_cod.compression.pruning.methods import check_pattern
-        from hf_cod.compression.pruning.pruner import parse_pattern
+        from hf_cod.compression.pruning.targets import parse_pattern
         from hf_cod.layers.checks import check_writable
         from hf_cod.layers.module_choice import choose_modules
 
@@ -216,7 +197,10 @@ class Prune(Step):
             if not isinstance(self.settings.score, DefaultName) or not str(error).startswith("model: "):
                 raise
             raise ValueError(f"{error}; --score uniform requires no measurement of layers") from error
-        return self.settings.allocate(scores, self._weights(work.stack) if given_names(self.settings) else None)
+        if self.settings.experts is not None:
+            self._experts = work.score_experts(self.settings.experts)
+        weights = self._weights(work.stack) if given_names(self.settings) else None
+        return self.settings.allocate(scores, weights, self._experts)
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same sparsity for all layers."""
@@ -262,8 +246,10 @@ class Prune(Step):
         return self.settings.method if self.settings.method in PRUNERS else "wanda"
 
     def files(self, plan: Any) -> dict[str, Any]:
-        """The allocation, if there is one."""
-        return {} if isinstance(plan, str) else {"allocation.json": plan}
+        """The allocation, if there is one, and the scores of experts by which it was made."""
+        if isinstance(plan, str):
+            return {}
+        return {"allocation.json": plan, **({"expert_scores.json": self._experts} if self._experts else {})}
 
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Sparsity of the saved model."""

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.cli.settings import CompressionOutput, CompressionSettings, LimitedModelSettings, PlanSearchSettings
+from hf_cod.cli.plan_settings import PlanSearchSettings
+from hf_cod.cli.settings import CompressionOutput, CompressionSettings, LimitedModelSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits, check_mixture
 from hf_cod.functional.bits import BITS
 from hf_cod.io.module_names import Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, TextSettings, as_in, check_choice
-from hf_cod.scoring.settings import CODEBOOK, ScoreSettings, options_of
+from hf_cod.scoring.settings import CODEBOOK, EXPERT, AllocationSettings, ExpertScoreSettings, options_of
 from hf_cod.scoring.settings import EXPERT_METHODS as EXPERTS
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -55,11 +56,12 @@ class QuantizeOptions(CompressionSettings, PlanSearchSettings, StorageSettings):
             "help": "score of single experts of a mixture of experts: "
             + ", ".join(EXPERTS)
             + ". What all tokens enter (attention, shared experts) gets four bits first, then the experts with the "
-            "highest scores of all layers (default: experts get the bits of their layer)",
+            f"highest scores of all layers (default: experts get the bits of their layer; "
+            f"{ExpertScoreSettings().method} with granularity expert)",
             "choices": list(EXPERTS),
         },
     )
-    granularity: str = as_in(ScoreSettings, "granularity")
+    granularity: str = as_in(AllocationSettings, "granularity", default="layer")
     rounding: str = field(
         default="compensated",
         metadata={
@@ -98,9 +100,11 @@ class QuantizeOptions(CompressionSettings, PlanSearchSettings, StorageSettings):
             default = DEFAULT_SCORE if self.rounding == "compensated" else BY_VALUE
             self.score = DefaultName(self.implied_score or default)
         check_choice("score", self.score, SCORES)
+        if self.granularity == EXPERT and self.experts is None:
+            self.experts = DefaultName(ExpertScoreSettings().method)
         if self.experts is not None:
             check_choice("experts", self.experts, EXPERTS)
-            if self.granularity != "layer":
+            if self.granularity not in ("layer", EXPERT):
                 raise ValueError(f"experts: expected none with granularity {self.granularity}, got {self.experts}")
             if not self.mixed:
                 raise ValueError(
@@ -181,10 +185,7 @@ class Quantize(Step):
             tried = "pruner" in SCORES[str(chosen.score)].settings
             work.score(str(chosen.score), **({"pruner": CODEBOOK, "target": chosen.bits} if tried else {}))
         if chosen.experts is not None:
-            from hf_cod.scoring.expert_methods import score_experts
-
-            where = {"layers_path": chosen.layers_path, "show_progress": True}
-            self._experts = score_experts(work.model, method=chosen.experts, batches=work.calibration, **where)
+            self._experts = work.score_experts(chosen.experts)
         if chosen.explain:
             from hf_cod.cli.explained import explain_bits
 

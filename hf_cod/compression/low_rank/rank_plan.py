@@ -18,7 +18,7 @@ from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
-from hf_cod.scoring.part_plans import check_names_of_matrices
+from hf_cod.scoring.part_plans import check_names_of_matrices, values_of_parts
 from hf_cod.scoring.settings import OLD_KINDS
 
 KINDS = ("parameter_share", "rank")
@@ -117,7 +117,7 @@ def plan_of_allocation(
     ranks: dict[str, int] = {}
     nonzeros: dict[str, int] = {}
     made_for = (name_of(stack), sizes_of(stack), basis)
-    if allocation.modules:
+    if allocation.granularity != "layer":
         ranks = _ranks_of_matrices(stack, allocation, factor_share, basis)
         return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros, *made_for)
     for index, share in enumerate(allocation.values):
@@ -145,17 +145,21 @@ def _ranks_of_matrices(
     """The rank of each matrix by its own share.
 
     Raises:
-        ValueError: a sparse part is wanted; a matrix that cannot be factorized, so that the budget would not be met.
+        ValueError: a sparse part is wanted; a matrix that cannot be factorized, so that the budget would not be met;
+            shares of experts that are in a bank, whose factors have one rank.
     """
     if factor_share is not None:
         raise ValueError(f"plan: expected granularity layer with a sparse part, got {allocation.granularity}")
-    check_names_of_matrices(allocation.modules, stack)
+    shares = allocation.modules
+    if allocation.experts:
+        shares = _shares_of_listed(stack, allocation)
+    check_names_of_matrices(shares, stack)
     rank_of = rank_of_share if allocation.kind == "rank" else rank_of_weights
     ranks: dict[str, int] = {}
     for index in range(len(stack)):
         shapes = factorizable(stack, index, basis)
         for name in stack.input_shapes(index):
-            share = allocation.modules.get(name, 1.0)
+            share = shares.get(name, 1.0)
             if name not in shapes and share < 1:
                 raise ValueError(
                     f"plan: expected granularity layer for a model with matrices that are not factorized, got "
@@ -164,6 +168,18 @@ def _ranks_of_matrices(
             rank = rank_of(shapes[name], share) if name in shapes else None
             ranks |= {} if rank is None else {name: rank}
     return ranks
+
+
+def _shares_of_listed(stack: DecoderLayers, allocation: LayerAllocation) -> dict[str, float]:
+    """The share of each matrix in a plan by expert, if each expert is a module of its own."""
+    found = values_of_parts(allocation.experts, allocation.common, stack)
+    banked = next((name for name, expert in found if expert is not None), None)
+    if banked is not None:
+        raise ValueError(
+            "plan: expected granularity layer, block or module for experts in one parameter, whose factors have one "
+            f"rank, got expert for {banked}"
+        )
+    return {name: value for (name, _), value in found.items()}
 
 
 def _share_of_matrices(stack: DecoderLayers, index: int, share: float, basis: str) -> float:

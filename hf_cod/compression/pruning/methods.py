@@ -77,7 +77,7 @@ def check_pattern(stack: DecoderLayers, M: int) -> None:
 
 @torch.no_grad()
 def prune_layer(
-    stack: DecoderLayers, index: int, method: Method, sums: Sums | None, targets: Callable[[str], Target]
+    stack: DecoderLayers, index: int, method: Method, sums: Sums | None, targets: Callable[[str, int | None], Target]
 ) -> list[str]:
     """Prunes all matrices of a layer in place.
 
@@ -86,7 +86,7 @@ def prune_layer(
         index: of the layer.
         method: how they are pruned.
         sums: of its inputs.
-        targets: name of a matrix -> its target.
+        targets: (name of a matrix, expert of a bank or None) -> its target.
 
     Returns:
         The matrices that no token entered; they are pruned by magnitude instead.
@@ -98,7 +98,7 @@ def prune_layer(
         if method.recorder is not None and total is None:
             chosen = METHODS["magnitude"]
             unseen.append(name if expert is None else f"{name}.{expert}")
-        pruned = chosen.prune(W, total, targets(name))
+        pruned = chosen.prune(W, total, targets(name, expert))
         if not pruned.isfinite().all():
             raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name} after pruning")
         W.copy_(pruned)
@@ -121,6 +121,19 @@ def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[s
         layers["parameters"].append(size)
         zeros += here
     return layers, {"sparsity": zeros / sum(layers["parameters"]), "module_sparsity": modules}
+
+
+def measure_expert_sparsity(stack: DecoderLayers) -> dict[str, list[float | None]]:
+    """Name of routed experts -> the share of zeros of each, in its matrices that are not excluded; None without any."""
+    found: dict[str, list[float | None]] = {}
+    for index in range(len(stack)):
+        counts = {(name, expert): (int((W == 0).sum()), W.numel()) for name, expert, W in _parts(stack, index)}
+        for experts in stack.expert_sets(index):
+            if not experts.shared:
+                own = [[counts[p] for p in experts.matrices_of(e) if p in counts] for e in range(experts.count)]
+                sums = [(sum(zeros for zeros, _ in each), sum(size for _, size in each)) for each in own]
+                found[experts.name] = [zeros / size if size else None for zeros, size in sums]
+    return found
 
 
 def _parts(stack: DecoderLayers, index: int) -> Iterator[tuple[str, int | None, Tensor]]:

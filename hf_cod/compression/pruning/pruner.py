@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
+from hf_cod.compression.pruning.methods import (
+    METHODS,
+    Method,
+    check_pattern,
+    measure_expert_sparsity,
+    measure_sparsity,
+    prune_layer,
+)
 from hf_cod.compression.pruning.settings import PruneFields, PruneSettings
-from hf_cod.functional.sparsity import Pattern
+from hf_cod.compression.pruning.targets import Targets, targets_of
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
-from hf_cod.layers.checks import check_sizes, check_writable, name_of
+from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.direct_use import DirectUse, check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -32,7 +39,6 @@ from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
-from hf_cod.scoring.part_plans import check_names_of_matrices
 from hf_cod.scoring.search_results import with_search
 
 
@@ -74,8 +80,9 @@ def prune(
     With `include` and `exclude` the targets are those of the chosen matrices of a layer, and only these are counted.
 
     The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value for each
-    layer; its `results` hold `sparsity` (of all matrices together) and `module_sparsity` (name -> sparsity), and with a
-    plan of `search_plan` its `search`.
+    layer; its `results` hold `sparsity` (of all matrices together) and `module_sparsity` (name -> sparsity), with
+    a plan by expert `expert_sparsity` (name of the experts -> sparsity of each), and with one of `search_plan` its
+    `search`.
 
     Args:
         model: a transformers model with plain weights. After an error in the activations of a layer, the layers before
@@ -111,22 +118,20 @@ def prune(
     chosen = _chosen(method, batches, statistics)
     if batches is not None:
         check_inputs(stack.model, batches)
-    targets = _targets(plan, stack)
+    targets = targets_of(plan, stack)
     choice = choose_modules(stack, how)
     check_writable(choice.stack, in_files=True)
     use = check_unwritten(stack.model, batches)
-    of_matrices = _targets_of_matrices(plan, stack)
-    for M in {t.pattern[1] for t in (*targets, *of_matrices.values()) if t.pattern is not None}:
+    for M in {t.pattern[1] for t in targets.all if t.pattern is not None}:
         check_pattern(choice.stack, M)
     if statistics is not None:
         statistics.check(stack)
     told: dict[str, Any] = {"method": method, "plan": _described(plan), **choice.given}
-    work = [method, [(t.sparsity, t.pattern) for t in targets], *choice.identity]
-    work += [sorted((name, t.sparsity, t.pattern) for name, t in of_matrices.items())] if of_matrices else []
+    work = [method, [(t.sparsity, t.pattern) for t in targets.layers], *choice.identity, *targets.of_parts]
     finished = _finished(journal, choice.stack, batches, statistics, work)
 
     def prune_one(index: int, sums: Sums | None) -> list[str]:
-        return prune_layer(choice.stack, index, chosen, sums, lambda name: of_matrices.get(name, targets[index]))
+        return prune_layer(choice.stack, index, chosen, sums, partial(targets.of, index))
 
     passes: list[str] = []
     if chosen.recorder is not None and batches is not None:
@@ -141,18 +146,6 @@ def prune(
     return with_search(report, plan.search if isinstance(plan, LayerAllocation) else {})
 
 
-def parse_pattern(text: str) -> Pattern:
-    """(N, M) of "N:M".
-
-    Raises:
-        ValueError: not two integers with 0 < N <= M.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or not 0 < int(found[1]) <= int(found[2]):
-        raise ValueError(f"pattern: expected N:M with 0 < N <= M, such as 2:4, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
 def _chosen(method: str, batches: Sequence[Batch] | None, statistics: LayerStatistics | None) -> Method:
     chosen = METHODS[method]
     if batches is not None and statistics is not None:
@@ -164,45 +157,11 @@ def _chosen(method: str, batches: Sequence[Batch] | None, statistics: LayerStati
     return chosen
 
 
-def _targets(plan: LayerAllocation | float | str, stack: DecoderLayers) -> list[Target]:
-    """The checked target of each layer."""
-    if isinstance(plan, str):
-        N, M = parse_pattern(plan)
-        return [Target(1 - N / M, (N, M))] * len(stack)
-    if not isinstance(plan, LayerAllocation):
-        if isinstance(plan, bool) or not isinstance(plan, (int, float)) or not 0 <= plan <= 1:
-            raise ValueError(f"plan: expected a sparsity in 0..1, a pattern or an allocation, got {plan!r}")
-        return [Target(float(plan))] * len(stack)
-    if plan.kind != "sparsity":
-        raise ValueError(f"plan: expected an allocation of sparsity, got one of {plan.kind}")
-    if len(plan.values) != len(stack):
-        raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(plan.values)}")
-    check_sizes("plan", plan.model, plan.sizes, stack)
-    wrong = [i for i, value in enumerate(plan.values) if not 0 <= value <= 1]
-    if wrong:
-        raise ValueError(f"plan: expected sparsities in 0..1, got {plan.values[wrong[0]]} in layer {wrong[0]}")
-    patterns: list[Any] = [None] * len(stack) if plan.group is None or plan.modules else plan.patterns
-    return [Target(value, pattern) for value, pattern in zip(plan.values, patterns, strict=True)]
-
-
-def _targets_of_matrices(plan: LayerAllocation | float | str, stack: DecoderLayers) -> dict[str, Target]:
-    """Name -> target of each matrix, if the plan has values of matrices."""
-    if not isinstance(plan, LayerAllocation) or not plan.modules:
-        return {}
-    check_names_of_matrices(plan.modules, stack)
-    wrong = next((name for name, value in plan.modules.items() if not 0 <= value <= 1), None)
-    if wrong is not None:
-        raise ValueError(f"plan: expected sparsities in 0..1, got {plan.modules[wrong]} for {wrong}")
-    return {
-        name: Target(value, None if plan.group is None else plan.pattern(value)) for name, value in plan.modules.items()
-    }
-
-
 def _described(plan: LayerAllocation | float | str) -> str:
     if not isinstance(plan, LayerAllocation):
         return str(plan)
     group = f", N:{plan.group}" if plan.group is not None else ""
-    each = "" if plan.granularity == "layer" else f", for each {plan.granularity}"
+    each = f", for each {plan.granularity}" if plan.modules else ""
     return f"{plan.budget:g} by {plan.method}{group}{each}"
 
 
@@ -230,7 +189,7 @@ def _finished(
 
 def _report(
     choice: ModuleChoice,
-    targets: list[Target],
+    targets: Targets,
     finished: FinishedLayers,
     settings: dict[str, Any],
     name: str | None,
@@ -239,13 +198,14 @@ def _report(
 ) -> RunReport:
     stack = choice.stack
     layers, results = measure_sparsity(stack)
+    results |= {"expert_sparsity": measure_expert_sparsity(stack)} if targets.parts else {}
     return RunReport(
         kind="prune",
         model=name or name_of(stack),
         settings=settings,
         environment=environment_of(stack.model),
         layers={
-            "target": [t.sparsity if n else None for t, n in zip(targets, layers["parameters"], strict=True)],
+            "target": [t.sparsity if n else None for t, n in zip(targets.layers, layers["parameters"], strict=True)],
             **layers,
         },
         results=results,

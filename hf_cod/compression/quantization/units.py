@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Size, Width, count_codes, stored_bits, width_of
 from hf_cod.functional.bits import BITS
-from hf_cod.layers.experts import ExpertMatrix, ExpertSet
+from hf_cod.layers.experts import ExpertSet
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.expert_scores import ExpertScores
 from hf_cod.scoring.layer_scores import LayerScores
@@ -145,10 +145,4 @@ def _of_matrix(name: str, size: Size) -> list[Unit]:
 
 def _of_expert(experts: ExpertSet, expert: int, sizes: Mapping[str, Size]) -> list[Unit]:
     """The matrices of one expert that are quantized."""
-    units: list[Unit] = []
-    for matrix in experts.matrices:
-        if isinstance(matrix, ExpertMatrix):
-            units.append((matrix.name, expert))
-        else:
-            units.append(([*matrix.linears][expert], None))
-    return [unit for unit in units if unit[0] in sizes]
+    return [unit for unit in experts.matrices_of(expert) if unit[0] in sizes]

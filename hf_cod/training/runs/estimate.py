@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from hf_cod.io.display import one_line
-from hf_cod.training.owlore.bank_increment import BankIncrement
 from hf_cod.training.owlore.increment import Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.sampling import LayerSampler
@@ -51,7 +50,8 @@ def estimate_memory(
 
     For methods that sample layers, the estimate is that of the worst sample: the first layer, which extends the
     backward pass through the full model, and the last layers, whose gradients are held longest. OwLore adapters count
-    with the maximum rank of their folded updates.
+    with the maximum rank of their folded updates. If their peak is in the pass that finds their bases, there is no
+    optimizer state yet.
 
     Args:
         config: the model's config.
@@ -138,8 +138,8 @@ def count_memory(
     """Counts the memory of two training steps on fake tensors; see `train_steps` for the arguments.
 
     The peak is in the last forward and backward pass of the second step, which starts with the optimizer's state and
-    the gradients of earlier passes. Only that pass is run. Values do not matter, so the gradients before it are made
-    without a pass.
+    the gradients of earlier passes; or, with OwLore adapters, in the first pass, which finds their bases from inputs and
+    gradients of whole matrices. No other pass is run: values do not matter, so gradients are made without one.
     """
     config: Any = getattr(model, "config", None)
     counter = LiveStorages(getattr(config, "vocab_size", None))
@@ -151,7 +151,11 @@ def count_memory(
         counter.phase = phase
 
     with gradients_counted(model, counter), counter:
-        make_gradients(model)
+        if any(isinstance(module, Increment) and module.searching for module in model.modules()):
+            model.train()
+            model(**batch).loss.backward()
+        else:
+            make_gradients(model)
         entered("update")
         optimizer.step()
         optimizer.zero_grad()
@@ -163,14 +167,7 @@ def count_memory(
 
 
 def make_gradients(model: nn.Module) -> None:
-    """Accumulates a gradient in each trainable parameter, as a backward pass does; OwLore adapters get their bases."""
-    for module in model.modules():
-        if isinstance(module, Increment) and module.searching:
-            (m, n), like = (module.B.shape[-2], module.A.shape[-1]), module.N
-            if isinstance(module, BankIncrement):
-                module.project_first(like.new_zeros(*module.experts, m, n))
-            else:
-                module.project_first(like.new_zeros(1, m), like.new_zeros(1, n))
+    """Accumulates a gradient in each trainable parameter, as a backward pass does."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.backward(torch.zeros_like(parameter))

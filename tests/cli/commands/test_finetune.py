@@ -226,10 +226,8 @@ def test_estimates_of_mixtures_of_experts(family):
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in FAST else FAMILIES) for kind in ESTIMATED])
 @pytest.mark.parametrize("method", METHODS)
 def test_estimates_of_mixtures_are_those_of_real_tensors(kind, method):
-    """The estimate is within 1 %, of DeepSeek-V3 with OwLore adapters 1.02 %."""
-    compare_with_real_steps(
-        build_mixture(kind), method, 0.011 if (method, kind) == ("owlore-peft", "deepseek_v3") else 0.01
-    )
+    """The peak of DeepSeek-V3 with OwLore adapters is in the pass that finds their bases."""
+    compare_with_real_steps(build_mixture(kind), method, 0.01)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -256,8 +254,9 @@ def compare_with_real_steps(model, method, within):
 
     with gradients_counted(trained, counter), counter:
         train_steps(trained, optimizer, batch, steps=2, entered=entered)
-    assert found.total == pytest.approx(counter.memory().total, rel=within)
-    assert found.optimizer_state == pytest.approx(sum(t.nbytes for t in state_of(optimizer)), rel=within)
+    held = counter.memory()
+    assert found.total == pytest.approx(held.total, rel=within)
+    assert found.optimizer_state == pytest.approx(held.optimizer_state, rel=within)
 
 
 def test_mixtures_that_cannot_be_estimated_are_named(caplog):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_cod import LayerAllocation, find_decoder_layers, perplexity
+from hf_cod import ExpertScores, LayerAllocation, find_decoder_layers, perplexity
 from hf_cod.cli.commands.prune import PruneOptions, make_parser
 from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
@@ -12,6 +12,7 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from tests.cli.runs import QUICK, TEXT, prune
 from tests.fresh_processes import run_fresh
+from tests.tiny_models import build_mixture
 
 
 def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
@@ -241,6 +242,51 @@ def test_parts_of_layers_have_sparsities_of_their_own(checkpoint):
     assert report.results["module_sparsity"] == pytest.approx(plan.modules, abs=0.1)
     with pytest.raises(ValueError, match="granularity: expected layer with exclude"):
         PruneOptions(granularity="module", exclude=["down_proj"])
+
+
+def test_experts_have_sparsities_of_their_own(checkpoint, capsys):
+    build_mixture("mixtral").save_pretrained(checkpoint / "model")
+    more = ["--sparsity", "0.5", "--granularity", "expert", "--spread", "0.3", "--force", "--no-baseline"]
+    assert prune(checkpoint, "out", *more) == 0
+    plan, report = LayerAllocation.load(checkpoint / "out" / "allocation.json"), RunReport.load(checkpoint / "out")
+    experts = ExpertScores.load(checkpoint / "out" / "expert_scores.json")
+    assert plan.method == "angular, experts by reap" and experts.method == report.settings["experts"] == "reap"
+    assert report.results["sparsity"] == pytest.approx(0.5, abs=2e-3)
+    for name, own in report.results["expert_sparsity"].items():
+        assert own == pytest.approx(plan.experts[name], abs=1e-2)
+        assert min(own) == own[max(range(4), key=lambda e: experts.values[name][e])]
+    bank = dict(load_model(str(checkpoint / "out"))[0].named_parameters())["model.layers.0.mlp.experts.down_proj"]
+    assert len({int((W == 0).sum()) for W in bank}) > 1
+    alike = ["--score", "uniform", "--granularity", "expert", "--experts", "owl", "--method", "magnitude"]
+    assert prune(checkpoint, "alike", *alike, "--scores", str(checkpoint / "out" / "scores.json")) == 2
+    assert prune(checkpoint, "alike", *alike) == 0
+    assert "uniform" in RunReport.load(checkpoint / "alike").results["perplexity"]
+    assert prune(checkpoint, "given", *alike[2:], "--scores", str(checkpoint / "out" / "scores.json"), *more[-2:]) == 0
+    assert LayerAllocation.load(checkpoint / "given" / "allocation.json").method == "angular, experts by owl"
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"experts": "reap"}, "experts: expected none with granularity layer; set --granularity expert"),
+        (
+            {"granularity": "expert", "search": True},
+            "granularity: expected layer, block, module with search, got expert",
+        ),
+        ({"granularity": "expert", "pattern": "2:4"}, "granularity: expected none with pattern 2:4"),
+        ({"granularity": "expert", "exclude": ["x"]}, "granularity: expected layer with exclude, got expert"),
+        ({"granularity": "expert", "threshold": 3.0, "score": "angular"}, "threshold: expected score owl"),
+    ],
+)
+def test_settings_of_experts_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PruneOptions(**options).check_scored(None)
+
+
+def test_experts_of_a_model_without_any(checkpoint, capsys):
+    assert prune(checkpoint, "out", "--granularity", "expert") == 2
+    assert "model: expected a mixture of experts, got" in capsys.readouterr().err
 
 
 def test_auto_is_measured_at_the_sparsity_of_the_command(checkpoint):

@@ -237,6 +237,8 @@ def test_experts_get_bits_by_their_own_scores(tmp_path, capsys):
     assert len(bits) == 4 and any(isinstance(digits, str) for digits in bits.values())
     shown = " ".join(capsys.readouterr().out.split())
     assert "to what all tokens enter first, then to experts by frequency" in shown and "of 4 experts)" in shown
+    assert quantize(str(tmp_path / "model"), tmp_path / "reap", *text, "--granularity", "expert") == 0
+    assert ExpertScores.load(tmp_path / "reap" / "expert_scores.json").method == "reap"
     assert quantize(str(tmp_path / "model"), tmp_path / "no", *text, "--experts", "size") == 2
     assert quantize(str(tmp_path / "model"), tmp_path / "no", *text, "--bits", "3", "--experts", "reap") == 2
     assert "experts: expected none with bits 3, which uses no scores, got reap" in capsys.readouterr().err
