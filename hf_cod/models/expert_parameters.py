@@ -45,6 +45,17 @@ class ExpertParameter(nn.Module):
         """
         raise NotImplementedError
 
+    def grouped_product(self, tensors: Any, x: Tensor, ends: Tensor) -> Tensor | None:
+        """All experts at once: x (n, in) times W^T of each row's expert, (n, out). None if there is no kernel for this;
+        then experts are multiplied one after another.
+
+        Args:
+            tensors: what `forward` returned.
+            x: the tokens, sorted by expert; those after the last end get zeros.
+            ends: (experts,), the index after the last row of each expert.
+        """
+        return None
+
     def decoded(self, tensors: Any, expert: int, dtype: torch.dtype) -> Tensor:
         """W (out, in) of one expert, as a new tensor. For the arguments see `product`."""
         raise NotImplementedError
@@ -221,8 +232,11 @@ class ExpertView:
             x: the tokens; those after the last end belong to no expert, and get zeros.
             ends: (experts,), the index after the last row of each expert.
         """
-        places = _places(ends, len(x))
         tensors = self.parameter()
+        whole = self.parameter.grouped_product(tensors, x, ends) if self._is_in_out else None
+        if whole is not None:
+            return whole
+        places = _places(ends, len(x))
         parts = [self._one(tensors, x[place], expert) for expert, place in places]
         rest = len(x) - (places[-1][1].stop if places else 0)
         return torch.cat([*parts, x.new_zeros(rest, self.shape[-1])])
