@@ -171,7 +171,7 @@ def _multiply_grouped(
 
 @triton.jit
 def _run_bytes(at, here, r, run, bits):
-    """Bytes of run r, as four bits store them; three bits have no lowest bit of a nibble, and the last run in others."""
+    """Bytes of run r, as four bits store them. In three bits, the lowest bits of nibbles hold the last run."""
     if bits == 4:
         b = tl.load(at + r * run, mask=here, other=0).to(tl.int32)
     elif r < 3:
