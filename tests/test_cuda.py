@@ -3,6 +3,7 @@
 Models are float32 and small; products are computed in float32 on both, so that only their order differs.
 """
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from hf_cod import (
     apply_steps,
     collect_statistics,
     diagnose,
+    drop_experts,
     drop_layers,
     factorize,
     heal,
@@ -127,10 +129,10 @@ def test_a_quantized_model_says_one_token_after_another_as_its_dense_copy(batche
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, 512])
 @torch.no_grad()
 def test_quantized_experts(kind, tokens):
-    """Of both widths, in all implementations; a prompt and one token."""
+    """Of both widths, in all implementations; one token, and prompts that fill a tile of the kernel or several."""
     model = mixture(kind)
     quantize(model, OwlBnbConfig(bits=3.6, block=32))
     ids = torch.randint(3, 99, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -140,6 +142,78 @@ def test_quantized_experts(kind, tokens):
         if kind != "llama4_text":
             model.set_experts_implementation(name)
         torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_all_experts_in_one_launch(dtype, monkeypatch):
+    """The grouped kernel, against the experts one after another."""
+    model = mixture("mixtral").to("cuda", dtype)
+    quantize(model, OwlBnbConfig(bits=3.6, block=64))
+    model.set_experts_implementation("grouped_mm")
+    for tokens in (1, 7, 300):
+        ids = torch.randint(3, 99, (1, tokens), generator=torch.Generator().manual_seed(tokens)).cuda()
+        found = model(ids).logits.float()
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_cod.compression.quantization.experts.has_grouped_kernel", lambda tokens: False)
+            expected = model(ids).logits.float()
+        close = 1e-4 if dtype == torch.float32 else 5e-2  # halves: a token may be routed otherwise
+        assert float((found - expected).norm() / expected.norm()) < close
+
+
+def test_experts_quantized_on_the_gpu():
+    """Packed from weights on the GPU, with error compensation by tokens on it; saved and moved, it stays the same."""
+    ids = torch.randint(3, 99, (8, 40), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for device in DEVICES:
+        model = mixture("mixtral").to(device)
+        report = quantize(model, OwlBnbConfig(bits=3.6, block=32), batches=[{"input_ids": ids}])
+        assert all(t.device.type == device for t in model.state_dict().values())
+        with torch.no_grad():
+            losses.append(float(model(ids.to(device), labels=ids.to(device)).loss))
+    assert losses[1] == pytest.approx(losses[0], rel=CLOSE) and report.results["bits"] < 3.7
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@torch.no_grad()
+def test_dropped_experts(merge):
+    ids = torch.randint(3, 99, (8, 40), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for device in DEVICES:
+        model = mixture("mixtral").to(device)
+        report = drop_experts(model, 0.5, batches=[{"input_ids": ids}], merge=merge)
+        logits.append((model(ids.to(device)).logits.cpu(), report.results["removed_experts"]))
+    (cpu, removed), (cuda, also) = logits
+    assert also == removed
+    torch.testing.assert_close(cuda, cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "owlore-peft", "owlore"])
+def test_trained_banks(method):
+    """Adapters on banks, and low-rank training of them."""
+    ids = torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(0))
+    falls = []
+    for device in DEVICES:
+        model = mixture("mixtral").to(device)
+        batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
+        torch.manual_seed(0)
+        trained, optimizer = set_up(method, model, None, OwLoreSettings(n_active=4, interval=5, rank=4), 1e-3, 4)
+        before = float(trained(**batch).loss)
+        train_steps(trained, optimizer, batch, steps=5)
+        falls.append(before - float(trained.eval()(**batch).loss))
+    assert falls[1] > 0 and falls[1] == pytest.approx(falls[0], rel=0.2)
+
+
+def test_adapters_beside_packed_experts():
+    """Gradients pass the packed banks, expert by expert."""
+    model = mixture("mixtral").cuda()
+    quantize(model, OwlBnbConfig(bits=3.6, block=32))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
+    ids = torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(0)).cuda()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    before = float(adapted(input_ids=ids, labels=ids).loss)
+    train_steps(adapted, optimizer, {"input_ids": ids, "labels": ids}, steps=3)
+    assert float(adapted.eval()(input_ids=ids, labels=ids).loss) < before
 
 
 @pytest.mark.parametrize("method", ["whitened", "plain", "oats"])

@@ -4,7 +4,8 @@ The bank is that of Qwen3-MoE, with random weights, run by transformers' `groupe
 QuantizedExperts of three bits, of four, and half of the experts of each, and bitsandbytes' way: a parameter in NF4 that
 is decoded whole at each use. In each call a token goes to other experts, so that caches do not hold their weights.
 Kinds run in turns within a round, and ratios are medians over rounds. Memory is that of the tensors that a pass
-creates, at its peak, beyond weights and inputs; on a GPU it is the allocator's.
+creates, at its peak, beyond weights and inputs; on a GPU it is the allocator's. Its last two columns have it in experts
+(bytes of one in the dtype): all of it, and what is beyond the dense bank's, which are the activations.
 
     python examples/benchmarks/experts.py --output experts.json
     python examples/benchmarks/experts.py --experts 8 --top-k 2 --hidden 512 --intermediate 256 --rounds 2   # small
@@ -137,8 +138,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for kind in KINDS:
             seconds = statistics.median(found[kind] for found in rounds)
             ratio = statistics.median(found[kind] / found[DENSE] for found in rounds)
-            row = {"tokens": tokens, "kind": kind, "seconds": seconds, "of dense": ratio, "weights": sizes[kind]}
-            rows.append({**row, "peak": peaks[kind], "peak in experts": peaks[kind] / one})
+            row = {"dtype": args.dtype, "tokens": tokens, "kind": kind, "seconds": seconds, "of dense": ratio}
+            peak, beyond = peaks[kind] / one, (peaks[kind] - peaks[DENSE]) / one
+            row |= {"weights": sizes[kind], "peak": peaks[kind]}
+            rows.append({**row, "peak in experts": peak, "beyond dense in experts": beyond})
             print(line(rows[-1]), flush=True)
     return rows
 
@@ -147,7 +150,8 @@ def line(row: dict[str, Any]) -> str:
     """A row as text."""
     sizes = "".join(f"{row[name] / 2**20:>14.1f}" for name in ("weights", "peak"))
     times = f"{1000 * row['seconds']:>10.2f}{row['of dense']:>12.2f}"
-    return f"{row['tokens']:>6}  {row['kind']:<18}{times}{sizes}{row['peak in experts']:>17.2f}"
+    experts = f"{row['peak in experts']:>17.2f}{row['beyond dense in experts']:>17.2f}"
+    return f"{row['dtype']:<8}  {row['tokens']:>6}  {row['kind']:<18}{times}{sizes}{experts}"
 
 
 def main() -> None:
@@ -158,15 +162,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048, help="width of a token")
     parser.add_argument("--intermediate", type=int, default=768, help="width of an expert")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], nargs="+", default=["bfloat16", "float32"]
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    print(
-        f"{'tokens':>6}  {'bank':<18}{'ms':>10}{'/ dense':>12}{'weights MiB':>14}{'peak MiB':>14}{'peak / expert':>17}"
-    )
-    rows = measure(args)
+    columns = f"{'ms':>10}{'/ dense':>12}{'weights MiB':>14}{'peak MiB':>14}{'peak / expert':>17}{'beyond dense':>17}"
+    print(f"{'dtype':<8}  {'tokens':>6}  {'bank':<18}{columns}")
+    rows = [row for dtype in args.dtype for row in measure(argparse.Namespace(**{**vars(args), "dtype": dtype}))]
     if args.output:
         settings = {**vars(args), "output": str(args.output), "torch": torch.__version__}
         write_json(args.output, {"settings": settings, "threads": torch.get_num_threads(), "rows": rows})

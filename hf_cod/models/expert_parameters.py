@@ -9,7 +9,7 @@ class of the bank nor the function by which transformers runs it is replaced, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class ExpertParameter(nn.Module):
             expert: its number.
         """
         raise NotImplementedError
+
+    def grouped_product(self, tensors: Any, x: Tensor, ends: Tensor) -> Tensor | None:
+        """All products of `ExpertView.grouped` at once; None, as here, if there is no kernel for them."""
+        return None
 
     def decoded(self, tensors: Any, expert: int, dtype: torch.dtype) -> Tensor:
         """W (out, in) of one expert, as a new tensor. For the arguments see `product`."""
@@ -163,19 +167,15 @@ class ExpertView:
     def __getitem__(self, index: Any) -> ExpertView:
         if self.chosen is not None:
             raise ValueError(f"experts: expected an index of experts, got one into the matrices of {self.chosen}")
-        if isinstance(index, Tensor) and index.dim() == 1:
-            return ExpertView(self.parameter, index, self.turned)
-        return ExpertView(self.parameter, range(len(self))[int(index)], self.turned)
-
-    @property
-    def T(self) -> ExpertView:
-        """Turned."""
-        return self.mT
+        several = isinstance(index, Tensor) and index.dim() == 1
+        return ExpertView(self.parameter, index if several else range(len(self))[int(index)], self.turned)
 
     @property
     def mT(self) -> ExpertView:
         """Turned."""
         return ExpertView(self.parameter, self.chosen, not self.turned)
+
+    T = mT
 
     def t(self) -> ExpertView:
         """Turned."""
@@ -221,8 +221,11 @@ class ExpertView:
             x: the tokens; those after the last end belong to no expert, and get zeros.
             ends: (experts,), the index after the last row of each expert.
         """
-        places = _places(ends, len(x))
         tensors = self.parameter()
+        whole = self.parameter.grouped_product(tensors, x, ends) if self._is_in_out else None
+        if whole is not None:
+            return whole
+        places = _places(ends, len(x))
         parts = [self._one(tensors, x[place], expert) for expert, place in places]
         rest = len(x) - (places[-1][1].stop if places else 0)
         return torch.cat([*parts, x.new_zeros(rest, self.shape[-1])])
@@ -280,10 +283,7 @@ def _grouped_mm(x: Tensor, weight: ExpertView, offs: Tensor, **_: Any) -> Tensor
 
 def _places(ends: Tensor, rows: int) -> list[tuple[int, slice]]:
     """(expert, its rows) of each expert with rows. On the meta device, without numbers, all have equally many."""
-    if ends.is_meta:
-        stops: Iterable[int] = [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
-    else:
-        stops = ends.tolist()
+    stops = [rows * (e + 1) // len(ends) for e in range(len(ends))] if ends.is_meta else ends.tolist()
     found, start = [], 0
     for expert, stop in enumerate(stops):
         if stop > start:

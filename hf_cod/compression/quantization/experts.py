@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.compression.quantization.format import prepared, stored_columns
-from hf_cod.compression.quantization.product import Scales, decoded_matrix, linear, multiply_codes
+from hf_cod.compression.quantization.product import Scales, decoded_matrix, has_grouped_kernel, linear, multiply_codes
 from hf_cod.compression.quantization.scales import BlockScales
 from hf_cod.compression.quantization.widths import Width, code_bytes, widths_of
 from hf_cod.models.expert_parameters import ExpertParameter
@@ -22,7 +23,8 @@ class QuantizedExperts(ExpertParameter):
     | weight | (bytes,) uint8 | codes: of the experts of four bits, then of those of three, both in order |
     | scales | (E, ...) | `BlockScales` of each expert |
 
-    A product decodes at most one matrix. For few tokens, three bits are multiplied directly (`product.py`).
+    A product decodes at most one matrix. For few tokens, codes are multiplied directly (`product.py`); on CUDA those of
+    all experts in one launch, for any number of tokens.
 
     Args:
         shape, experts, transposed, place, dtype: see `ExpertParameter`.
@@ -72,6 +74,21 @@ class QuantizedExperts(ExpertParameter):
 
         return product_4bit(computed, codes, scales, self.block).to(x.dtype)
 
+    def grouped_product(self, tensors: Any, x: Tensor, ends: Tensor) -> Tensor | None:
+        """On CUDA, in one launch for all experts (`triton_experts.py`); None where there is no such kernel, and for
+        inputs that need a gradient.
+        """
+        computed = prepared(x, self.matrix_shape[1], self.block, self.compute_dtype)
+        if not has_grouped_kernel(computed):
+            return None
+        from hf_cod.compression.quantization.triton_experts import grouped_product
+
+        codes, scales = tensors
+        places = _places_on(codes.device, self.bits, self.experts, self.matrix_shape[0] * self.columns)
+        out = self.matrix_shape[0]
+        found = grouped_product(computed, ends, codes, places, scales, self.block, out)
+        return found.to(x.dtype)
+
     def decoded(self, tensors: Any, expert: int, dtype: torch.dtype) -> Tensor:
         """W (out, in) of one expert, as a new tensor."""
         codes, scales = self.matrix_of(tensors, expert)
@@ -110,6 +127,13 @@ def joined(matrices: list[dict[str, Tensor]], widths: list[int]) -> dict[str, Te
         if name != "weight":
             found[name] = torch.stack([matrix[name] for matrix in matrices])
     return found
+
+
+@cache
+def _places_on(device: torch.device, bits: Width, experts: int, weights: int) -> Tensor:
+    """(2, experts): the first byte of each expert's codes, and its bits; one tensor for all banks of a shape."""
+    widths = widths_of(bits, experts)
+    return torch.tensor([_starts(widths, weights)[0], widths], device=device)
 
 
 def _starts(widths: list[int], weights: int) -> tuple[list[int], int]:

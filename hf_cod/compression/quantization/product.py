@@ -115,6 +115,12 @@ def _direct_product(tokens: Tensor, codes: Tensor, block: int, bits: int) -> Cal
     return kernel.product if kernel and len(tokens) <= kernel.most_tokens(codes, block, tokens.dtype) else None
 
 
+def has_grouped_kernel(tokens: Tensor) -> bool:
+    """Whether `triton_experts` multiplies these tokens: on CUDA, without a gradient, in a dtype of its own."""
+    learns = tokens.requires_grad and torch.is_grad_enabled()
+    return tokens.is_cuda and tokens.dtype in _FAST and not learns and len(tokens) > 0 and _has_triton()
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -29,7 +29,7 @@ from hf_cod.compression.quantization.widths import Width, is_width, widths_of
 from hf_cod.functional.bits import SCALE_BITS
 from hf_cod.layers.checks import check_separate
 from hf_cod.layers.direct_use import check_unwritten
-from hf_cod.layers.experts import ExpertMatrix, expert_matrices
+from hf_cod.layers.experts import ExpertMatrix, check_weight_in_memory, expert_matrices
 from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.orientation import is_linear
 from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, signs
@@ -146,10 +146,13 @@ class OwlBnbQuantizer(HfQuantizer):
                 "model: expected no adapters on 4-bit layers, got some, which could not be merged afterwards; save "
                 "them, dequantize the model without them, and load them on it"
             )
-        for name, module in [*model.named_modules()]:
+        packed = [(n, m) for n, m in model.named_modules() if is_quantized(m) or isinstance(m, QuantizedExperts)]
+        for name, module in packed:
+            check_weight_in_memory(name, module.scales.absmax)
+        for name, module in packed:
             if is_quantized(module):
                 replace_module(model, name, to_linear(module, dtype))
-            elif isinstance(module, QuantizedExperts):
+            else:
                 replace_module(model, name, to_parameter(module, dtype))
         unmark_stored(model)
         clear_quantized(model)

@@ -117,7 +117,7 @@ def _multiply(
             b = p0 if r == 0 else (p1 if r == 1 else (p2 if r == 2 else p3))
             which = row[:, None] * parts + ((r * parts + part) // 4)[None, :]
             known = n_inside[:, None] & (part < parts)[None, :]
-            s = _scales(absmax, nested_absmax, offset, dynamic_code, which, known, NESTED)
+            s = scales_at(absmax, nested_absmax, offset, dynamic_code, which, known, NESTED)
             s = tl.reshape(tl.broadcast_to(s[:, :, None], (ROWS, PARTS, WIDTH)), (ROWS, STEP))
             for low in tl.static_range(2):
                 code = (b >> (1 if low else 5)) & 7
@@ -136,7 +136,7 @@ def _multiply(
 
 
 @triton.jit
-def _scales(absmax, nested_absmax, offset, dynamic_code, which, known, NESTED: tl.constexpr):
+def scales_at(absmax, nested_absmax, offset, dynamic_code, which, known, NESTED: tl.constexpr):
     """The scales at indices `which`; 0 where not `known`."""
     if NESTED == 0:
         s = tl.load(absmax + which, mask=known, other=0.0)

@@ -321,15 +321,54 @@ def test_experts_of_a_quantized_model_are_observed(kind):
         assert all(torch.equal(W, others[name]) for name, W in weights.items())
 
 
-def test_banks_on_disk(tmp_path):
+PARTS = ["self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate", "mlp.experts"]
+IN_MEMORY = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+IN_MEMORY = dict.fromkeys([*IN_MEMORY, *(f"model.layers.{i}.{part}" for i in range(4) for part in PARTS)], "cpu")
+HALVES = {name: "cpu" for name in IN_MEMORY if name != BANK}
+HALVES |= {f"{BANK}.gate_up_proj": "cpu", f"{BANK}.down_proj": "disk"}
+PLACES = {
+    "layers on disk": {"device_map": DISK},
+    "experts on disk": {"device_map": {**IN_MEMORY, BANK: "disk"}},
+    "one matrix of a bank on disk": {"device_map": HALVES},
+    "by memory": {"device_map": "auto", "max_memory": {"cpu": 90_000}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_banks_on_several_devices(place, tmp_path):
     model, _ = quantized()
     model.save_pretrained(tmp_path / "stored")
-    options = {"device_map": DISK, "offload_folder": tmp_path / "offload"}
+    options = {**PLACES[place], "offload_folder": tmp_path / "offload"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", **options)
-    assert banks(loaded)[f"{BANK}.down_proj"].is_meta
+    found = {m.is_meta for m in banks(loaded).values()}
+    assert banks(loaded)[f"{BANK}.down_proj"].is_meta and found == {False, True}
+    for name in ("grouped_mm", "batched_mm", "eager"):
+        loaded.set_experts_implementation(name)
+        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"^model: expected weights in memory, got offloaded ones in \S+; load"
+    ) as error:
+        loaded.dequantize()
+    assert "\n" not in str(error.value)
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     assert equal_files(tmp_path / "stored", tmp_path / "again")
+
+
+def test_packed_banks_that_are_offloaded_later(tmp_path):
+    for offload, *where in ((cpu_offload, torch.device("cpu")), (disk_offload, tmp_path)):
+        model, _ = quantized(bits=3)
+        expected = logits(model)
+        offload(model, *where)
+        assert banks(model)[f"{BANK}.down_proj"].is_meta and torch.equal(logits(model), expected)
+
+
+def test_banks_that_go_to_disk_while_they_are_quantized(tmp_path):
+    mixture().save_pretrained(tmp_path / "dense")
+    config = OwlBnbConfig(bits=3, block=32)
+    options = {"device_map": {**IN_MEMORY, BANK: "disk"}, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(ValueError, match=rf"device_map: expected no quantized layer on disk, got {BANK}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, **options)
 
 
 CHANGES = {
