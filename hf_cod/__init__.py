@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from hf_cod.models import to_lns as to_lns
     from hf_cod.reporting.comparison import Comparison as Comparison
     from hf_cod.reporting.comparison import compare as compare
+    from hf_cod.reporting.plan_comparison import compare_plans as compare_plans
     from hf_cod.scoring.allocation import LayerAllocation as LayerAllocation
     from hf_cod.scoring.allocation import allocate as allocate
     from hf_cod.scoring.expert_methods import score_experts as score_experts
@@ -179,6 +180,7 @@ _HOMES = {
     "apply_steps": "compression.fit.trials",
     "collect_statistics": "analysis.statistics.layer_statistics",
     "compare": "reporting.comparison",
+    "compare_plans": "reporting.plan_comparison",
     "diagnose": "analysis.diagnostics.diagnosis",
     "drop": "layers.removal.drop",
     "drop_experts": "compression.experts.dropper",

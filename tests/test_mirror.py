@@ -122,7 +122,7 @@ TESTED_BY = {
     "compression/width/test_narrower.py": (
         "compression/width/gradients.py compression/width/matrices.py "
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
-        "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
+        "compression/width/width_plan.py compression/width/width_report.py"
     ),
     "examples/test_pretrain.py": "training/pretraining/checkpoints.py training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",

@@ -64,9 +64,9 @@ OPTIONS = {
 }
 # These take what they work on alone; `llama_preset` and `owlore` hand fields on, `SparseLinear` is a module.
 WITHOUT = (
-    "LnsAnnealing MeasurementError SparseLinear TrainingHistory compare drop find_decoder_layers fold_lns from_authors "
-    "import_plan import_scores llama_preset owlore repeat repeat_layers repeated skip split_samples to_gpas "
-    "to_layer_scale to_lns"
+    "LnsAnnealing MeasurementError SparseLinear TrainingHistory compare compare_plans drop find_decoder_layers "
+    "fold_lns from_authors import_plan import_scores llama_preset owlore repeat repeat_layers repeated skip "
+    "split_samples to_gpas to_layer_scale to_lns"
 )
 OTHER_NAMES = {
     "quantize": "config",

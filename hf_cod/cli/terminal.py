@@ -16,6 +16,7 @@ from hf_cod.io.display import terminal_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.report_columns import legend
 from hf_cod.reporting.comparison import Comparison
+from hf_cod.reporting.plan_comparison import PlanComparison
 
 # Measures that are shown in report.md only: with them the table would not fit into 80 columns.
 ONLY_ON_THE_PAGE = ("mean", "max_abs")
@@ -57,8 +58,8 @@ def print_report(report: RunReport) -> None:
         console.print(f"note: {terminal_text(note)}", style="dim", highlight=False)
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Prints the table of several runs, then the verdict."""
+def print_comparison(comparison: Comparison | PlanComparison) -> None:
+    """Prints the table of several runs, scores or plans, then the verdict."""
     console = make_console()
     table = Table(*map(terminal_text, comparison.columns))
     for row in comparison.rows:

@@ -17,6 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "cod_shaped"
 PREFIX = "Shaped"
+# transformers' entry for sizes by layer.
+PER_LAYER = "per_layer_config"
 
 
 @dataclass(kw_only=True)
@@ -26,10 +28,31 @@ class ShapedFields:
     Args:
         module_shapes: Shapes of modules, as `shapes.py` describes them.
         base_model_type: The family's `model_type`.
+        layer_overrides: The same sizes in the names of the family's config, index of a layer (a string) -> name ->
+            value, if these can say them. In config.json they are `per_layer_config`, by which a stock class of a
+            version of transformers that builds layers of their own sizes loads the model; here `module_shapes` builds
+            it, and this entry is True.
     """
 
     module_shapes: Any = None
     base_model_type: Any = None
+    layer_overrides: Any = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config with these contents; transformers does not see the overrides, with which it refuses to read sizes
+        that differ between layers.
+        """
+        if config_dict.get("layer_overrides") is True:
+            contents = {name: value for name, value in config_dict.items() if name != PER_LAYER}
+            config_dict = {**contents, "layer_overrides": config_dict.get(PER_LAYER)}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # the family's class follows in the MRO
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        found: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # as above
+        overrides = found.pop("layer_overrides", None)
+        return found | ({PER_LAYER: overrides, "layer_overrides": True} if overrides else {})
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves config.json with an `auto_map` for each head of the family; transformers adds class and code."""

@@ -43,7 +43,7 @@ def check_shapeable(model: Any) -> None:
             raise ValueError(f"model: expected {wanted}, which Auto classes load, got {name}")
 
 
-def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
+def record_shapes(model: Any, changes: dict[str, dict[str, int]], overrides: Any = None) -> None:
     """Builds new shapes in a model, unless it has them already, and gives it a class that builds them from its config.
 
     `isinstance(model, LlamaForCausalLM)` stays true. Existing weights are kept; the weights of modules that are built
@@ -52,6 +52,7 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
     Args:
         model: see `check_shapeable`.
         changes: name of a module in the model -> its changes, as in `shapes.py`.
+        overrides: the same as `layer_overrides` of the config, if these can say it.
 
     Raises:
         ValueError: a module outside the base model (a head), or a shape that the module cannot have.
@@ -62,6 +63,8 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
     own_config(model)
     base, was_shaped = type(model), isinstance(model, ShapedModel)
     _shape_config(model.config, shapes, was_shaped)
+    if hasattr(model.config, "layer_overrides"):  # not of models with placements of norms, which no stock class builds
+        model.config.layer_overrides = overrides
     if not was_shaped:
         model.__class__ = shaped_model(base, type(model.config))
         model._weight_conversions = None  # files then use the model's names of weights

@@ -1,4 +1,4 @@
-"""hf-cod compare RUN RUN ...: compare several diagnosed runs; with --swap, two models by layers of one in the other."""
+"""hf-cod compare RUN RUN ...: several diagnosed runs; --model, scores and plans; --swap, two models by their layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings, check_effect
 
 COMPARED, SWAPPED = "hf-cod-compare", "hf-cod-swap"
+DESCRIPTION = (
+    "Compares several runs of hf-cod diagnose, for example Pre-LN with Post-LN, or a base model with "
+    "its fine-tuned version. With --swap A B it compares two models: it measures the loss of A with layers of B in "
+    "their place, one at a time, from the bottom up and from the top down. After an interruption the same command "
+    "resumes. With --model it compares scores and plans of that model, also those of other tools. No model is "
+    "changed."
+)
 
 
 def make_parser() -> SettingsParser:
@@ -20,12 +27,25 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [PlotSettings, ModelSettings, TextSettings, SampleSettings],
         prog="hf-cod compare",
-        description="Compares several runs of hf-cod diagnose, for example Pre-LN with Post-LN, or a base model with "
-        "its fine-tuned version. With --swap A B it compares two models: it measures the loss of A with layers of B in "
-        "their place, one at a time, from the bottom up and from the top down. After an interruption the same command "
-        "resumes. No model is changed.",
+        description=DESCRIPTION,
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory of a diagnosed run, or its report.json")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="directory of a diagnosed run, or its report.json; with --model files of scores and plans: scores.json, "
+        "allocation.json, and what import_scores and import_plan read (MLX, AutoRound, .gguf, .csv)",
+    )
+    parser.add_argument(
+        "--model",
+        help="compare scores and plans of this model, by rank correlation over layers and matrices; Hub id, directory "
+        "or GGUF file; default: runs are compared",
+    )
+    parser.add_argument(
+        "--rest",
+        type=float,
+        help="with --model: bits of matrices that a layer_config of AutoRound does not name; default: it names all",
+    )
     parser.add_argument(
         "--swap",
         nargs=2,
@@ -36,8 +56,9 @@ def make_parser() -> SettingsParser:
     parser.add_argument("--labels", nargs="+", help="one name per run; default: the names of the models")
     parser.add_argument(
         "--output",
-        help="directory for compare.md, compare.html and compare.png (or pdf, svg, see --plot-format), with --swap for "
-        f"report.json, report.md, report.html and swap.png; default: {COMPARED}, with --swap {SWAPPED}",
+        help="directory for compare.md, compare.html and compare.png (or pdf, svg, see --plot-format), with --model "
+        "for compare.md, with --swap for report.json, report.md, report.html and swap.png; default: "
+        f"{COMPARED}, with --swap {SWAPPED}",
     )
     return parser
 
@@ -47,6 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     pictures, loading, text, samples, chosen = make_parser().parse(arguments)
     if chosen.swap:
         return _swap(chosen, pictures, loading, text, samples)
+    if chosen.model is not None:
+        return _plans(chosen, pictures, loading, text, samples)
+    if chosen.rest is not None:
+        raise ValueError(f"rest: expected none without --model, got {chosen.rest:g}")
     for settings in (loading, text, samples):
         check_effect(
             settings, [each.name for each in fields(settings)], "runs, which are measured; --swap takes models"
@@ -71,12 +96,42 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plans(
+    chosen: Any, pictures: PlotSettings, loading: ModelSettings, text: TextSettings, samples: SampleSettings
+) -> int:
+    """Compares scores and plans of one model."""
+    why = "scores and plans, which are read"
+    check_effect(pictures, ["plot_format"], why)
+    for settings in (text, samples):
+        check_effect(settings, [each.name for each in fields(settings)], why)
+    if len(chosen.runs) < 2:
+        raise ValueError(f"runs: expected at least two files of scores or plans, got {len(chosen.runs)}")
+    from hf_cod.cli.terminal import print_comparison
+    from hf_cod.io.files import write_text
+    from hf_cod.io.models import load_model
+    from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.reporting.plan_comparison import compare_plans
+    from hf_cod.scoring.imports.importer import import_either
+
+    labels = chosen.labels or [Path(run).name for run in chosen.runs]
+    model, _ = load_model(chosen.model, loading)
+    comparison = compare_plans([import_either(model, run, rest=chosen.rest) for run in chosen.runs], labels)
+    directory = Path(chosen.output or COMPARED)
+    with OutputDirectory(directory, check=_check_reused) as output:
+        write_text(output.results / "compare.md", comparison.to_markdown())
+        output.finish()
+    print_comparison(comparison)
+    say_written(directory)
+    return 0
+
+
 def _swap(
     chosen: Any, pictures: PlotSettings, loading: ModelSettings, text: TextSettings, samples: SampleSettings
 ) -> int:
     """Measures the first model with layers of the second one."""
-    if chosen.runs or chosen.labels:
-        raise ValueError(f"swap: expected two models alone, got {'runs' if chosen.runs else 'labels'} beside them")
+    for name in ("runs", "labels", "model", "rest"):
+        if getattr(chosen, name):
+            raise ValueError(f"swap: expected two models alone, got {name} beside them")
     from hf_cod.analysis.diagnostics.layer_swap import check_swap, measure_swap, swap_cost
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.cli.samples import load_with_tokenizer

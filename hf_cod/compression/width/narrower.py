@@ -18,7 +18,7 @@ from hf_cod.compression.width.methods import METHODS, needs_inputs
 from hf_cod.compression.width.planning import check_units, plan_of_units, without_excluded
 from hf_cod.compression.width.selection import Selection
 from hf_cod.compression.width.settings import NarrowFields, NarrowSettings
-from hf_cod.compression.width.stock_config import set_stock_config
+from hf_cod.compression.width.stock_config import layer_overrides, set_stock_config
 from hf_cod.compression.width.width_plan import WidthPlan, kept_units
 from hf_cod.compression.width.width_report import WidthReporter
 from hf_cod.io.arguments import checked
@@ -202,7 +202,8 @@ def narrow_units(
     finally:
         stock = not change.done or set_stock_config(stack, units, kept)
         if not stock:  # also after an error: otherwise the changed model could not be loaded after saving
-            record_shapes(stack.model, change.done)
+            overrides = layer_overrides(stack, units, kept)
+            record_shapes(stack.model, change.done, overrides)
     return described.report(chosen, kept, finished, told, stock)
 
 

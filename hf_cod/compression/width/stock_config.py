@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Names of the number of MLP channels in configs.
 _CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")
+_OVERRIDES = "_heterogeneity_spec"  # where configs of transformers keep overrides by layer
 _ANY_CHANNELS = re.compile("intermediate_size|ffn_dim|n_inner|ffn_hidden_size")
 
 Sizes = dict[tuple[str, int], int]
@@ -75,6 +76,61 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
     if said:
         _without_views(model)
     return said
+
+
+def layer_overrides(
+    stack: DecoderLayers, units: Sequence[LayerUnits], kept: Sequence[Mapping[str, int]]
+) -> dict[str, dict[str, int]] | None:
+    """The sizes of narrowed layers as overrides of the config, one set for each narrowed layer: `per_layer_config` of
+    transformers, which records them, while most of its models do not build them (as of 5.24).
+
+    Each set is tried: a model with these sizes in all layers is built, and has to have this layer.
+
+    Args:
+        stack: the narrowed layers of a stock model.
+        units, kept: see `set_stock_config`.
+
+    Returns:
+        Index of a layer -> config field -> value; None if the config cannot say the sizes of a layer, or if it has
+        overrides of its own.
+    """
+    model: Any = stack.model
+    plain = stack.config is not None and stack.config is model.config and not vars(model.config).get(_OVERRIDES)
+    if isinstance(model, ShapedModel) or not plain:
+        return None
+    found: dict[str, dict[str, int]] = {}
+    built: dict[tuple[Any, ...], DecoderLayers | None] = {}
+    for index, (layer, less) in enumerate(zip(units, kept, strict=True)):
+        if not less:
+            continue
+        sizes = _sizes([layer], [less])
+        for fields in () if sizes is None else _choices(stack.config, [layer], sizes):
+            key = tuple(sorted(fields.items()))
+            if key not in built:
+                built[key] = _built(stack, fields)
+            other = built[key]
+            if other is not None and not any(differences(_parts(stack[index]), _parts(other[index]))):
+                found[str(index)] = fields
+                break
+        else:
+            return None
+    return found
+
+
+def _parts(layer: nn.Module) -> dict[str, nn.Module]:
+    return dict(walk(layer, "layer"))
+
+
+def _built(stack: DecoderLayers, fields: Mapping[str, int]) -> DecoderLayers | None:
+    """The layers of a model with these sizes in all layers, without memory for weights; None if the family refuses."""
+    model: Any = stack.model
+    try:
+        with torch.device("meta"):
+            made = type(model)(type(model.config).from_dict({**copy.deepcopy(model.config.to_dict()), **fields}))
+        return find_decoder_layers(made, stack.layers_path)
+    except Exception:  # each family refuses sizes with another error
+        logger.debug("the config cannot hold %s", fields, exc_info=True)
+        return None
 
 
 def _without_views(model: Any) -> None:

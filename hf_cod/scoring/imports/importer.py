@@ -15,7 +15,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.display import named
 from hf_cod.io.reading import naming_file, read_json, read_text
 from hf_cod.io.schema import brief
-from hf_cod.layers.checks import name_of, sizes_of
+from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.imports import auto_round, mlx
@@ -136,6 +136,35 @@ def read_scores(path: str | Path) -> LayerScores | None:
     with naming_file(path):
         _of_content(content, LayerScores.FIELD)
     return None
+
+
+def import_either(
+    model: nn.Module, path: str | Path, *, rest: float | None = None, layers_path: str | None = None
+) -> LayerScores | LayerAllocation:
+    """The scores or the plan of a file: our own, or of another tool; bits are a plan, all other numbers are scores.
+
+    Args:
+        model: the model of both; not changed.
+        path: a file of `LayerScores`, of `LayerAllocation`, or a source of `import_scores`.
+        rest: see `import_plan`.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
+
+    Raises:
+        ValueError: as `import_plan`, or those of another model.
+    """
+    if Path(path).suffix not in (SUFFIX, ".csv"):
+        content = read_json(path, "plan")
+        if isinstance(content, dict) and "format" in content:
+            kind: Any = LayerAllocation if "budget" in content else LayerScores
+            read: LayerScores | LayerAllocation = kind.load(path)
+            made_for = read.parameters if isinstance(read, LayerScores) else read.sizes
+            check_sizes(read.FIELD, read.model, made_for, find_decoder_layers(model, layers_path))
+            return read
+        with naming_file(path):
+            bits = _of_content(content, "plan").bits
+        if bits:
+            return import_plan(model, path, rest=rest, layers_path=layers_path)
+    return import_scores(model, path, layers_path=layers_path)
 
 
 def _values(found: NamedNumbers, stack: DecoderLayers, field: str) -> dict[str, float]:

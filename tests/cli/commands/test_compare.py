@@ -1,9 +1,14 @@
 """hf-cod compare: several runs in one picture."""
 
-import torch
+from pathlib import Path
 
-from hf_cod import RunReport
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_cod import RunReport, allocate, collect_statistics, import_scores, score_layers
 from hf_cod.cli.main import main
+from hf_cod.io.files import write_json
 from tests.cli.runs import QUICK, diagnose
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
@@ -48,6 +53,44 @@ def test_what_swap_refuses(checkpoint, capsys, monkeypatch):
         "--labels a": "runs: expected at least two, got 0",
         "--swap model shorter --text text.txt": "swap: expected models with equally many layers, got 4 and 3",
         "run run --text text.txt": "text: expected none with runs, which are measured; --swap takes models",
+    }.items():
+        assert main(["compare", *words.split(), "--output", "refused"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_scores_and_plans_of_other_tools(checkpoint, capsys, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained("model")
+    names = [
+        name for name, module in model.model.layers.named_modules(prefix="model.layers") if type(module) is nn.Linear
+    ]
+    write_json("mlx.json", [[name, float(place)] for place, name in enumerate(names)])
+    write_json("auto.json", {name: {"bits": 4} for name in names if ".3." in name})
+    Path("t.csv").write_text("".join(f"model.layers.{index},{-index}\n" for index in range(4)))
+    score_layers(model, method="depth").save("scores.json")
+    allocate(import_scores(model, "mlx.json"), "bits", 3.5).save("allocation.json")
+    collect_statistics(model, [{"input_ids": torch.arange(8)[None]}]).save("i.gguf", model=model)
+    files = ["scores.json", "mlx.json", "auto.json", "t.csv", "allocation.json", "i.gguf"]
+    assert main(["compare", "--model", "model", *files, "--rest", "3", "--output", "both"]) == 0
+    page = Path("both/compare.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| rank correlation of layers with mlx.json"))
+    # depth and the table fall with the index; auto.json has ties: four bits in the last layer, three in the others.
+    assert [cell.strip() for cell in row.split("|")[2:6]] == ["-1", "-", "0.775", "-1"]
+    assert "plan of bits by module (auto-round)" in page and "plan of bits by module (mlx)" in page
+    assert main(["compare", "--model", "model", *files, "--rest", "3", "--output", "both"]) == 0, "into the same one"
+    write_json("other.json", [["model.layers.7", 1.0]])
+    build("llama", 3).save_pretrained("shorter")
+    score_layers(build("llama", 3), method="depth").save("shorter.json")
+    capsys.readouterr()
+    for words, message in {
+        "--model model scores.json": "runs: expected at least two files of scores or plans, got 1",
+        "--model model scores.json shorter.json": "scores: expected those of a model with 4 layers, got 3",
+        "--model model scores.json other.json": "expected modules of the model, got 1 of 1 that it does not have",
+        "--model model scores.json none.csv": "got 'none.csv', which does not exist",
+        "--model model scores.json auto.json": "plan: expected a number for each matrix of the layers",
+        "--model model scores.json mlx.json --labels a": "labels: expected 2, one for each plan, got 1",
+        "--rest 3 mlx.json mlx.json": "rest: expected none without --model, got 3",
+        "--model model t.csv t.csv --swap model model": "swap: expected two models alone, got runs beside them",
     }.items():
         assert main(["compare", *words.split(), "--output", "refused"]) == 2
         assert message in capsys.readouterr().err
