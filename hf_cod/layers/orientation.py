@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+# Shapes without the last axis, and the size of the values: a forward may look at either.
+_INPUTS = (((5,), 1), ((1, 1), 1), ((2, 40), 1), ((40,), 100), ((2, 3), 100))
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,22 +44,27 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 def _computes_alike(module: nn.Module) -> bool:
-    """Whether a small copy of the module, with random weights, returns x W^T + b."""
+    """Whether a small copy of the module, with random weights, returns x W^T + b for each of `_INPUTS`."""
     small: Any = copy.copy(module)  # shares the attributes that its forward may read, such as a factor
     generator = torch.Generator().manual_seed(0)
     rows, columns = 12, 8  # few, and divisible by most numbers of groups
-    shapes = ((rows, columns), (rows,), (5, columns))
-    W, b, x = (torch.randn(*shape, generator=generator, device="cpu") for shape in shapes)
+    W, b = (torch.randn(*shape, generator=generator, device="cpu") for shape in ((rows, columns), (rows,)))
     set_shape(small, rows, columns)
     bias = None if module._parameters.get("bias") is None else nn.Parameter(b)
     small._parameters = {"weight": nn.Parameter(turned(module, W).contiguous()), "bias": bias}
-    expected = nn.functional.linear(x, W, bias)
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            got = type(small).forward(small, x)
-    except Exception:  # whatever a forward raises that expects another shape
-        return False
-    return isinstance(got, Tensor) and got.shape == expected.shape and bool(torch.allclose(got, expected, atol=1e-5))
+    with torch.no_grad(), torch.device("cpu"):
+        for shape, largest in _INPUTS:
+            x = largest * torch.randn(*shape, columns, generator=generator)
+            expected = nn.functional.linear(x, W, bias)
+            try:
+                got = type(small).forward(small, x.clone())
+            except Exception:  # whatever a forward raises that expects another shape
+                return False
+            if not isinstance(got, Tensor) or got.shape != expected.shape:
+                return False
+            if not torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * largest):
+                return False
+    return True
 
 
 def multiplies(module: Any, args: tuple[Any, ...], output: Any) -> bool:

@@ -219,6 +219,7 @@ def _numbers(layer: nn.Module, units: Units) -> Iterator[tuple[str, str, int]]:
                 if type(value) is int and key not in LAYER_INDEX_ATTRIBUTES:
                     yield name, key, value
                 elif isinstance(value, PreTrainedConfig):
+                    # Not by getattr, which raises where layers have numbers of their own (`per_layer_config`).
                     for each in ("num_attention_heads", "num_key_value_heads"):
                         if type(vars(value).get(each)) is int:
-                            yield name, f"{key}.{each}", getattr(value, each)
+                            yield name, f"{key}.{each}", vars(value)[each]

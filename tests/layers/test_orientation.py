@@ -50,12 +50,50 @@ class Grouped(nn.Linear):
         return torch.cat([nn.functional.linear(x, W) for x, W in zip(input.chunk(2, -1), parts, strict=True)], -1)
 
 
+class Clipped(nn.Linear):
+    """Looks at the size of the values."""
+
+    def forward(self, input):
+        return super().forward(input.clamp(-8, 8))
+
+
+class BySamples(nn.Linear):
+    """Looks at the number of axes."""
+
+    def forward(self, input):
+        return super().forward(input) * (1 if input.dim() < 3 else 2)
+
+
+class OfMany(nn.Linear):
+    """Looks at the number of tokens."""
+
+    def forward(self, input):
+        return super().forward(input) * (1 if input.shape[-2] < 32 else 2)
+
+
+class OfOne(nn.Linear):
+    """Looks whether this is a step of generation."""
+
+    def forward(self, input):
+        return super().forward(input) * (2 if input.shape[-2] == 1 else 1)
+
+
+class InPlace(nn.Linear):
+    """Changes its input."""
+
+    def forward(self, input):
+        return super().forward(input.mul_(2))
+
+
 class Noisy(nn.Linear):
     """With a further parameter, which a check cannot judge."""
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.noise = nn.Parameter(torch.zeros(()))
+
+
+OTHERWISE = [Router, Scaled, Grouped, Clipped, BySamples, OfMany, OfOne, InPlace]
 
 
 class Bank(nn.Module):
@@ -78,7 +116,7 @@ def test_both_kinds_are_seen_as_out_and_in(module, stored):
     assert torch.equal(turned(module, W), module.weight), "the way back"
 
 
-@pytest.mark.parametrize("kind", [Alike, Router, Scaled, Grouped, Noisy])
+@pytest.mark.parametrize("kind", [Alike, Noisy, *OTHERWISE])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_subclasses_are_judged_by_what_they_compute(kind, device, biased):
@@ -86,7 +124,7 @@ def test_subclasses_are_judged_by_what_they_compute(kind, device, biased):
     module.bias = module.bias if biased else None
     before = {name: p.clone() for name, p in module.named_parameters()}
     assert is_linear(module) and is_plain(module) == (kind is Alike)
-    assert computes_otherwise(module) == (kind in (Router, Scaled, Grouped))
+    assert computes_otherwise(module) == (kind in OTHERWISE)
     if device == "cpu":
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     assert shape_of(module) == (OUT, IN)

@@ -90,6 +90,23 @@ def test_heads_that_cannot_be_parted_go_together(made, count, heads, examples):
     assert examples("architecture_checks").check_narrow(case) is None
 
 
+def test_layers_with_numbers_of_their_own_in_the_config(tmp_path):
+    """Gemma's `per_layer_config`: transformers raises where the number of all layers is read."""
+    from transformers import AutoModel
+
+    from examples.tiny_architectures import tiny_config
+
+    torch.manual_seed(0)
+    model = AutoModel.from_config(tiny_config("embedding_gemma2_text")).eval()
+    narrow(model, WidthPlan(0.8, [2, 2, 2, None], [48] * 4, "mine"), "magnitude", "none")
+    assert [layer.self_attn.q_proj.out_features for layer in model.layers[:3]] == [16] * 3
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        again = AutoModel.from_pretrained(tmp_path)(input_ids=ids).last_hidden_state
+        assert torch.equal(again, model(input_ids=ids).last_hidden_state)
+
+
 class Interleaved(nn.Module):
     """An attention of no family: one matrix, in which a head has its values, keys, queries and gates in turn."""
 

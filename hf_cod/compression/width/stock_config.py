@@ -185,7 +185,7 @@ def _choices(config: Any, units: Sequence[LayerUnits], sizes: Sizes) -> Iterator
     found = [_by_value(config, sizes)]
     numbers = [number for (kind, _), number in changed.items() if kind == CHANNELS]
     if len(numbers) == 1 and not any(kind == EXPERTS for kind, _ in sizes):
-        found.insert(0, {name: numbers[0] for name in _CHANNELS if hasattr(config, name)})
+        found.insert(0, {name: numbers[0] for name in _CHANNELS if _has(config, name)})
     heads = next((own for layer in units for own in layer.found if own.kind == HEADS), None)
     if heads is None or (HEADS, heads.count) not in changed:
         yield from found
@@ -193,10 +193,18 @@ def _choices(config: Any, units: Sequence[LayerUnits], sizes: Sizes) -> Iterator
     kept = changed[HEADS, heads.count]
     for fields in found:
         fields["num_attention_heads"] = kept * heads.heads
-        if getattr(config, "num_key_value_heads", None) == heads.count:
+        if _has(config, "num_key_value_heads") and config.num_key_value_heads == heads.count:
             fields["num_key_value_heads"] = kept
         yield fields
         yield {**fields, "head_dim": len(heads.columns) // (heads.count * heads.heads)}
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a config has one value of that name for all layers; transformers raises where layers have their own."""
+    try:
+        return hasattr(config, name)
+    except RuntimeError:
+        return False
 
 
 def _by_value(config: Any, sizes: Sizes) -> dict[str, int]:

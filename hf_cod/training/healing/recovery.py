@@ -22,6 +22,7 @@ from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread, gradients_restored, modes_restored
 from hf_cod.layers.running import progress
+from hf_cod.layers.running_averages import averages_kept
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
@@ -138,7 +139,8 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
             for adapter in adapters:
                 mask_forward(adapter)
             model.train()
-            yield adapters
+            with averages_kept(model):
+                yield adapters
         finally:
             wrapped.unload()
             if hasattr(model, "peft_config"):

@@ -21,6 +21,7 @@ from hf_cod.io.module_names import given_names
 from hf_cod.layers.input_gradients import release_input_gradients, require_input_gradients
 from hf_cod.layers.module_choice import ModuleChoice, choose_modules
 from hf_cod.layers.replicas import average, processes, refuse_wrapped
+from hf_cod.layers.running_averages import keep_averages, release_averages
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.training.owlore.increment import Increment
 
@@ -83,6 +84,7 @@ class ActiveLayers:
         self.active: list[int] = [*range(len(self.layers))]
         self._leave_to_us()
         require_input_gradients(self.stack)
+        keep_averages(self.stack.model)
 
     @property
     def other_adapters(self) -> bool:
@@ -145,7 +147,8 @@ class ActiveLayers:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
         if processes() > 1 and not self.always:
             # DDP rejects a model without parameters to average; this parameter is not part of the loss.
-            self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
+            device = next(self.model.parameters()).device
+            self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=device)))
 
 
 def _chosen(stack: DecoderLayers, settings: Any) -> ModuleChoice:
@@ -212,6 +215,7 @@ def release(model: nn.Module) -> None:
     base: Any = find_decoder_layers(model).model
     unhook_gradients(base.parameters())
     release_input_gradients(base)
+    release_averages(base)
     left = {name: p for name, p in base.named_parameters() if name in getattr(base, TRAINS, {})}
     now = {name: p.requires_grad for name, p in left.items()}
     if now == getattr(base, TRAINS, {}):
@@ -234,10 +238,6 @@ def _average(parameter: nn.Parameter) -> None:
     """Averages a gradient over all processes. An accumulated gradient's earlier part is the same on all already."""
     assert parameter.grad is not None
     average(parameter.grad)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(p.device for p in model.parameters())
 
 
 def _trainable(module: nn.Module, seen: set[int]) -> list[nn.Parameter]:

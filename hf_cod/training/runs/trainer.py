@@ -23,6 +23,7 @@ from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.devices import to_device
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
+from hf_cod.layers.running_averages import averages_kept
 from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
@@ -146,7 +147,7 @@ def train(
 
     saving = [interrupt := SaveOnInterrupt(), RecordChecksums()]
     # Trainer sets use_cache to False, which would be saved with the model.
-    with one_thread(model), cache_restored(unwrap(model).config), _own_names(model):
+    with one_thread(model), cache_restored(unwrap(model).config), _own_names(model), averages_kept(model):
         trainer = (make_trainer or Trainer)(
             model=model,
             args=_arguments(settings, seed, directory, model.device, lasting),
