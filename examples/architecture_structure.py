@@ -52,9 +52,9 @@ def check_repeat(case: Case) -> str | None:
     """
     model = case.build()
     layer = min(1, len(find_decoder_layers(model, case.stack)) - 1)
-    expected, why = _twice(case, model, layer)
     with unchanged_if_refused(model):
         repeat(model, layer, layer + 1, layers_path=case.stack)
+    expected, why = _twice(case, case.build(), layer)
     if why is None:
         with evaluation_mode(find_decoder_layers(model, case.stack)):  # FSMT has no causal mask with a cache
             same(outputs_of(case, model), expected, "the repeated layer", ROUNDING)
