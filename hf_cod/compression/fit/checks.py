@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from hf_cod.compression.experts.planning import check_number
-from hf_cod.compression.quantization.quantizable import quantizable
-from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.removal.drop import check_drop
@@ -82,8 +80,7 @@ def check_width(stack: DecoderLayers) -> None:
 
 
 def check_bits(stack: DecoderLayers) -> None:
-    """The weights can be stored in few bits, none of them is in factors of a bank, and bitsandbytes is installed."""
+    """The weights can be stored in few bits, and bitsandbytes is installed."""
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
     check_stored(stack)
-    quantizable(stack, StorageSettings())
