@@ -80,7 +80,7 @@ def check_width(stack: DecoderLayers) -> None:
 
 
 def check_bits(stack: DecoderLayers) -> None:
-    """The weights can be stored in few bits, and bitsandbytes is installed."""
+    """The weights can be stored in few bits, none of them is in factors of a bank, and bitsandbytes is installed."""
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
     check_stored(stack)
