@@ -149,7 +149,7 @@ def check_unfactored(name: str, weight: Any) -> None:
     if isinstance(weight, LowRankExperts):
         raise ValueError(
             f"model: expected dense matrices, got factors of experts in {name}; use the original model, or, to prune "
-            "or quantize the other matrices, exclude these"
+            "the other matrices, exclude these"
         )
 
 

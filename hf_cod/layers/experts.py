@@ -26,6 +26,7 @@ from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of, turned
 from hf_cod.layers.weights import weight_of
 from hf_cod.models.expert_parameters import ExpertParameter, ExpertView, parameters_of
+from hf_cod.models.factors import LowRankExperts
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,14 @@ class ExpertMatrix:
     def bias(self) -> Any:
         """(experts, out): the biases, as GPT-OSS has them; None without."""
         return getattr(self.module, f"{self.key}_bias", None)
+
+    def parts(self) -> list[ExpertMatrix]:
+        """Itself, or the factors that stand in its place; one that all experts share is that of one expert."""
+        p = self.parameter
+        if not isinstance(p, LowRankExperts):
+            return [self]
+        counts = {key: 1 if p.shared == f"shared_{key}" else self.experts for key in ("reduce", "expand")}
+        return [ExpertMatrix(self.name, p, key, count, False) for key, count in counts.items()]
 
     def weights(self) -> Tensor:
         """(experts, out, in): a view of the parameter, which must be in memory; decoded, if it is packed."""

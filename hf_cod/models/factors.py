@@ -75,7 +75,8 @@ class LowRankExperts(ExpertParameter):
     """One matrix of each expert of a bank, factorized: W_e = B_e A_e. Stands in the place of the bank's parameter.
 
     `reduce` holds A (experts, rank, in), or (rank, in) if the experts share it; `expand` holds B (experts, out, rank),
-    or (out, rank). A token is multiplied by the factors of its experts only. Biases of the bank are unchanged.
+    or (out, rank). A token is multiplied by the factors of its experts only. Biases of the bank are unchanged. Factors
+    may be packed: `ExpertParameter`s in their places, of one expert for a factor that all share.
 
     Args:
         shape, experts, transposed, place, dtype: see `ExpertParameter`.
@@ -117,30 +118,44 @@ class LowRankExperts(ExpertParameter):
         """Number of weights of the factors."""
         return self.reduce.numel() + self.expand.numel()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """(B, A)."""
-        return self.expand, self.reduce
+    def forward(self) -> tuple[Any, Any]:
+        """(B, A); of packed ones what their `forward` returns."""
+        B, A = (part() if isinstance(part, ExpertParameter) else part for part in (self.expand, self.reduce))
+        return B, A
 
     def product(self, tensors: Any, x: Tensor, expert: int) -> Tensor:
         """x (..., in) times W^T of one expert: (..., out) in x's dtype."""
-        B, A = self._factors(tensors, expert)
-        return nn.functional.linear(nn.functional.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        B, A = tensors
+        return self._times("expand", B, self._times("reduce", A, x, expert), expert)
 
     def decoded(self, tensors: Any, expert: int, dtype: torch.dtype) -> Tensor:
         """W (out, in) of one expert, as a new tensor."""
-        B, A = self._factors(tensors, expert)
-        high = torch.promote_types(B.dtype, torch.float32)
-        return (B.to(high) @ A.to(high)).to(dtype)
+        B, A = tensors
+        high = torch.promote_types(self.dtype, torch.float32)
+        return (self._read("expand", B, expert, high) @ self._read("reduce", A, expert, high)).to(dtype)
+
+    def factor(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        """One factor of an expert, "reduce" or "expand"."""
+        return self._read(name, self()[0 if name == "expand" else 1], expert, dtype)
 
     def _factor(self, name: str, rows: int, columns: int, device: Any) -> nn.Parameter:
         """A random one, for models that are built without a checkpoint: families initialise only what they know."""
         size = (rows, columns) if self.shared == f"shared_{name}" else (self.experts, rows, columns)
         return nn.Parameter(torch.randn(size, dtype=self.dtype, device=device) / columns**0.5)
 
-    def _factors(self, tensors: tuple[Tensor, Tensor], expert: int) -> tuple[Tensor, Tensor]:
-        """B (out, rank) and A (rank, in) of one expert."""
-        B, A = tensors
-        return B if B.dim() == 2 else B[expert], A if A.dim() == 2 else A[expert]
+    def _times(self, name: str, stored: Any, x: Tensor, expert: int) -> Tensor:
+        """x times the transpose of one factor of an expert; `stored` is what `forward` returned of it."""
+        own = getattr(self, name)
+        if isinstance(own, ExpertParameter):
+            return own.product(stored, x, min(expert, own.experts - 1))
+        return nn.functional.linear(x, self._read(name, stored, expert, x.dtype))
+
+    def _read(self, name: str, stored: Any, expert: int, dtype: torch.dtype) -> Tensor:
+        own = getattr(self, name)
+        if isinstance(own, ExpertParameter):
+            return own.decoded(stored, min(expert, own.experts - 1), dtype)
+        factor: Tensor = stored if stored.dim() == 2 else stored[expert]
+        return factor.to(dtype)
 
     def extra_repr(self) -> str:
         """The description in `print(model)`."""

@@ -170,7 +170,7 @@ class Quantize(Step):
 
         check_storable(work.model)
         stack = self._stack(work)
-        check_writable(stack, in_files=True)
+        check_writable(stack, in_files=True, factors=True)
         plan_bits(stack, self.settings.bits, self._storage(), None, self.settings.skip)
 
     def plan(self, work: Work) -> LayerAllocation:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from hf_cod.compression.experts.planning import check_number
-from hf_cod.compression.quantization.quantizable import quantizable
-from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.removal.drop import check_drop
@@ -86,4 +84,3 @@ def check_bits(stack: DecoderLayers) -> None:
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
     check_stored(stack)
-    quantizable(stack, StorageSettings())

@@ -226,7 +226,7 @@ KNOBS: dict[str, Knob] = {
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
-# Factors of experts are stored as numbers.
+# Rows of packed factors are padded by their rank, so that the size of both together does not follow from that of each.
 EXCLUSIVE_OF_BANKS = (*EXCLUSIVE, ("rank", "bits"))
 # Methods that remove structure, also of matrices that keep their form (`fixed_share`).
 REMOVING = ("depth", "experts", "width")

@@ -12,7 +12,7 @@ from torch import nn
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.quantizable import quantizable
 from hf_cod.compression.quantization.settings import BLOCKS, StorageFields, StorageSettings
-from hf_cod.compression.quantization.units import FEW, MANY, Units, ranked, within_budget, within_mean
+from hf_cod.compression.quantization.units import FEW, MANY, Units, ranked, stored_names, within_budget, within_mean
 from hf_cod.compression.quantization.widths import Size, Width, count_codes, is_width, stored_bits, widths_of
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
@@ -54,7 +54,8 @@ class BitPlan(Exportable):
 
     def names(self, stack: DecoderLayers, index: int) -> list[str]:
         """The quantized matrices of a layer."""
-        return [name for name in stack.input_shapes(index) if name in self.bits]
+        banks = [part.name for matrix in stack.expert_matrices(index) for part in matrix.parts()]
+        return [name for name in (*stack.linears(index), *banks) if name in self.bits]
 
     def widths(self, name: str) -> list[int]:
         """The bits of each expert of a bank; of another matrix one number."""
@@ -122,8 +123,7 @@ def plan_bits(
     if expert_scores is not None:
         expert_scores.check(stack)
     weights, (least, most) = sum(map(math.prod, sizes.values())), _range(sizes.values(), storage)
-    ends: dict[float, float] = {FEW: least, MANY: most}
-    budget = ends.get(bits, bits * weights)
+    budget = {float(FEW): least, float(MANY): most}.get(bits, bits * weights)
     if not least - _TOLERANCE * weights <= budget <= most + _TOLERANCE * weights:
         raise ValueError(
             f"bits: expected 3, 4, or {least / weights:.3f} to {most / weights:.3f} stored bits a weight, scales "
@@ -178,14 +178,14 @@ def _widths(config: OwlBnbConfig, names: Sequence[str]) -> dict[str, Width]:
     if config.expert_scores is not None:
         got = config.allocation.granularity
         raise ValueError(f"expert_scores: expected none with an allocation of granularity {got}, got some")
-    modules = config.allocation.modules
-    missing = next((name for name in names if name not in modules), None)
-    if missing is not None:
-        raise ValueError(f"allocation: expected bits of each matrix, got none for {missing}")
+    modules, known = config.allocation.modules, {*names}
+    given = {own: value for name, value in modules.items() for own in stored_names(name, known)}
     for name in names:
-        if modules[name] not in BITS:
-            raise ValueError(f"bits: expected 3 or 4, got {modules[name]:g} for {name}")
-    return {name: int(modules[name]) for name in names}
+        if name not in given:
+            raise ValueError(f"allocation: expected bits of each matrix, got none for {name}")
+        if given[name] not in BITS:
+            raise ValueError(f"bits: expected 3 or 4, got {given[name]:g} for {name}")
+    return {name: int(given[name]) for name in names}
 
 
 def as_allocation(

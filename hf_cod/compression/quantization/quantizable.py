@@ -8,7 +8,6 @@ from typing import Any
 
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Size
-from hf_cod.layers.checks import check_unfactored
 from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.experts import ExpertMatrix
 from hf_cod.layers.orientation import is_plain, shape_of
@@ -21,10 +20,7 @@ def quantizable(
 ) -> tuple[list[dict[str, Size]], dict[str, str]]:
     """Name -> (out, in), or (experts, out, in), of the quantizable matrices of each layer; and name -> the reason, for
     all other matrices that `stack` lists. Routers, gates and latent projections are quantizable if `stack` includes
-    them by name.
-
-    Raises:
-        ValueError: experts that are factors.
+    them by name. Factors of a bank are matrices of their own.
     """
     layers: list[dict[str, Size]] = []
     use = direct_use(stack.model)
@@ -42,12 +38,12 @@ def quantizable(
             else:
                 layers[-1][name] = size
         for matrix in stack.expert_matrices(index):
-            check_unfactored(matrix.name, matrix.parameter)
-            reason = _reason_of_bank(matrix, skip, owners) or use.unpackable.get(matrix.name)
-            if reason:
-                left[matrix.name] = reason
-            else:
-                layers[-1][matrix.name] = (matrix.experts, *matrix.shape)
+            for part in matrix.parts():
+                reason = _reason_of_bank(part, skip, owners) or use.unpackable.get(part.name)
+                if reason:
+                    left[part.name] = reason
+                else:
+                    layers[-1][part.name] = (part.experts, *part.shape)
     return layers, left
 
 

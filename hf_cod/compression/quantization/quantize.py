@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, QuantizeFields, score_of
+from hf_cod.compression.quantization.factor_inputs import inputs_of
 from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.compression.quantization.rounding import Rounding, fill, new_experts, new_module
@@ -38,6 +39,7 @@ from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.sequential import change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.weights import weight_of
 from hf_cod.models.own_config import own_config
 from hf_cod.scoring.search_results import with_search
 
@@ -70,8 +72,9 @@ def quantize(
 
     With batches, layers are quantized one after another; the calibration inputs of a layer are the outputs of the
     quantized layers before it. In addition to the model, memory holds one layer's sums and the hidden states of the
-    batches (on the CPU). All three cases have the same storage format and speed. `save_pretrained` writes the
-    quantized model, `from_pretrained` reads it where hf_cod is imported, and `model.dequantize()` makes it dense again.
+    batches (on the CPU). All three cases have the same storage format and speed. Factors of banks of experts are
+    matrices of their own. `save_pretrained` writes the quantized model, `from_pretrained` reads it where hf_cod is
+    imported, and `model.dequantize()` makes it dense again.
 
     The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that is lost by
     rounding, mean over the layer's matrices; with batches) and `parameters`; its `results` hold `bits` of all quantized
@@ -118,7 +121,7 @@ def quantize(
         check_inputs(stack.model, batches)
     choice = choose_modules(stack, config)
     stack = choice.stack
-    check_writable(stack, in_files=True)
+    check_writable(stack, in_files=True, factors=True)
     use = check_unwritten(stack.model, batches)
     plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)
@@ -158,17 +161,20 @@ class _LayerChange:
     def __init__(self, stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> None:
         self._stack, self._plan, self._config = stack, plan, config
         self._names = [plan.names(stack, index) for index in range(len(stack))]
-        self._banked = {m.name: m for index in range(len(stack)) for m in stack.expert_matrices(index)}
+        found = [matrix for index in range(len(stack)) for matrix in stack.expert_matrices(index)]
+        self._banked = {part.name: part for matrix in found for part in matrix.parts()}
 
     @torch.no_grad()
     def __call__(self, index: int, sums: Any) -> LayerNote:
         """Returns {"unseen": matrices that no token entered, "errors": name -> share of energy lost, "few": ...}."""
         note = LayerNote(unseen=[], errors={}, few=[])
-        matrices = dict(self._stack.matrices(index))
+        linears = self._stack.linears(index)
         for name in self._names[index]:
-            W = matrices.pop(name)
-            rounding = Rounding(name, self._plan.widths(name), self._config, self._config.statistics, sums)
-            tensors = rounding.of_experts(W) if name in self._banked else rounding.of_matrix(W, None)
+            bank, known = self._banked.get(name), (self._config.statistics, sums)
+            given = known if bank is None else [inputs_of(bank, each) for each in known]
+            rounding = Rounding(name, self._plan.widths(name), self._config, *given)
+            W = weight_of(linears[name]) if bank is None else bank.weights()
+            tensors = rounding.of_matrix(W, None) if bank is None else rounding.of_experts(W)
             self._exchange(name, tensors)
             note["unseen"] += rounding.unseen
             note["few"] += rounding.few

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.experts import QuantizedExperts
+from hf_cod.compression.quantization.factor_inputs import inputs_of
 from hf_cod.compression.quantization.plan import plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.rounding import Rounding, new_experts, new_module, round_matrix
 from hf_cod.compression.quantization.stored_modules import (
@@ -36,6 +37,7 @@ from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.models.expert_parameters import ExpertParameter
 from hf_cod.models.stored_config import clear_quantized, mark_stored, unmark_stored
 
 logger = logging.getLogger(__name__)
@@ -205,11 +207,10 @@ class _Quantize(ConversionOps):
     def _of_experts(self, model: Any, name: str, W: Tensor) -> dict[str, Tensor]:
         """Quantizes all experts, and puts the module that holds them in the place of the parameter."""
         config = self.quantizer.quantization_config
-        bank = name.rpartition(".")[0]
-        matrix = next(m for m in expert_matrices([(bank, model.get_submodule(bank))]) if m.name == name)
+        matrix = _bank(model, name)
         _check_shape(name, W, matrix.parameter.shape)
         module = new_experts(matrix, config.modules[name], config, config.compute_dtype)
-        rounding = Rounding(name, module.widths, config, self.quantizer.statistics)
+        rounding = Rounding(name, module.widths, config, inputs_of(matrix, self.quantizer.statistics))
         tensors = rounding.of_experts(matrix.matrices_of(W))
         replace_module(model, name, module)
         return tensors
@@ -221,8 +222,18 @@ def _check_shape(name: str, W: Tensor, shape: Sequence[int]) -> None:
 
 
 def _banks(model: Any) -> dict[str, ExpertMatrix]:
-    """Name -> matrices of experts in one parameter."""
-    return {matrix.name: matrix for matrix in expert_matrices(model.named_modules())}
+    """Name -> matrices of experts in one parameter, or their factors."""
+    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, ExpertParameter)]
+    return {part.name: part for matrix in expert_matrices(modules) for part in matrix.parts()}
+
+
+def _bank(model: Any, name: str) -> ExpertMatrix:
+    """The matrices of experts, or their factors, of this name."""
+    place = name.rpartition(".")[0]
+    if isinstance(model.get_submodule(place), ExpertParameter):
+        place = place.rpartition(".")[0]
+    found = expert_matrices([(place, model.get_submodule(place))])
+    return next(part for matrix in found for part in matrix.parts() if part.name == name)
 
 
 def _matches(conversion: Any, keys: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Size, Width, count_codes, stored_bits, width_of
@@ -61,10 +61,8 @@ class Units:
 
     def parts(self, names: Sequence[Sequence[str]]) -> list[list[Unit]]:
         """The units of parts of layers; those of matrices that are not quantized are left out."""
-        return [
-            [unit for name in part if name in self._sizes for unit in _of_matrix(name, self._sizes[name])]
-            for part in names
-        ]
+        stored = [[own for name in part for own in stored_names(name, self._sizes)] for part in names]
+        return [[unit for name in part for unit in _of_matrix(name, self._sizes[name])] for part in stored]
 
     def of_layer(self, index: int) -> list[Unit]:
         """Those of one layer: first what all tokens enter, then expert by expert."""
@@ -88,6 +86,11 @@ class Units:
 
     def _size(self, unit: Unit) -> Size:
         return self._sizes[unit[0]][-2:]
+
+
+def stored_names(name: str, known: Container[str]) -> list[str]:
+    """The names under which a matrix is stored: its own, or those of its factors, if it is one of a bank."""
+    return [found for found in (name, f"{name}.reduce", f"{name}.expand") if found in known]
 
 
 def ranked(scores: LayerScores) -> list[list[str]]:
@@ -145,4 +148,5 @@ def _of_matrix(name: str, size: Size) -> list[Unit]:
 
 def _of_expert(experts: ExpertSet, expert: int, sizes: Mapping[str, Size]) -> list[Unit]:
     """The matrices of one expert that are quantized."""
-    return [unit for unit in experts.matrices_of(expert) if unit[0] in sizes]
+    stored = [(own, place) for name, place in experts.matrices_of(expert) for own in stored_names(name, sizes)]
+    return [unit for unit in stored if unit[1] is None or len(sizes[unit[0]]) == 3]  # a shared basis is no expert's

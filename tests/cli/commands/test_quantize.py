@@ -260,3 +260,16 @@ def test_a_search_gives_bits_to_matrices(model, tmp_path, capsys):
     assert report.settings["score"] == "search" and 3.4 < report.results["bits"] <= 3.5
     assert quantize(model, tmp_path / "no", "--search", "--bits", "3") == 2
     assert "search: expected bits between 3 and 4, got 3" in capsys.readouterr().err
+
+
+def test_factors_of_experts_are_quantized(tmp_path):
+    model = mixture()
+    hf_cod.factorize(model, 0.6, "plain", expert_basis="shared")
+    model.save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--text", str(tmp_path / "text.txt"), "--no-plots", "--no-baseline", "--bits", "3", "--block", "32"]
+    text += ["--sequence-length", "8", "--eval-samples", "5"]
+    assert quantize(str(tmp_path / "model"), tmp_path / "out", *text) == 0
+    bits = RunReport.load(tmp_path / "out").results["module_bits"]
+    assert {f"model.layers.3.mlp.experts.down_proj.{part}" for part in ("reduce", "expand")} <= bits.keys()
