@@ -138,8 +138,8 @@ def count_memory(
     """Counts the memory of two training steps on fake tensors; see `train_steps` for the arguments.
 
     The peak is in the last forward and backward pass of the second step, which starts with the optimizer's state and
-    the gradients of earlier passes; or, with OwLore adapters, in the first pass, which finds their bases from inputs and
-    gradients of whole matrices. No other pass is run: values do not matter, so gradients are made without one.
+    the gradients of earlier passes; or, with OwLore adapters, in the first pass, which finds their bases from inputs
+    and gradients of whole matrices. No other pass is run: values do not matter, so gradients are made without one.
     """
     config: Any = getattr(model, "config", None)
     counter = LiveStorages(getattr(config, "vocab_size", None))
