@@ -15,7 +15,7 @@ OPTIONS = {
     "LayerMonitor": ("MonitorSettings", "model probe tokenizer history step last"),
     "LayerSampler": ("SamplerSettings", "scores layers"),
     "OwLoreAdamW": ("OwLoreSettings", "model scores lr betas eps weight_decay"),
-    "allocate": ("AllocationSettings", "scores layer_parameters"),
+    "allocate": ("AllocationSettings", "scores layer_parameters expert_scores"),
     "apply_steps": ("Applying", "model steps tokenizer texts"),
     "collect_statistics": (
         "SampleSettings",
