@@ -99,6 +99,28 @@ def test_bits_of_experts(load, tmp_path, monkeypatch):
     assert (tmp_path / "table" / "table.md").read_text() == page and "| expert: reap |" in page
 
 
+def test_sparsities_of_experts(load, tmp_path, monkeypatch):
+    """All plans keep their budget, and a second call measures nothing."""
+    table, tokenizer = load("expert_sparsity_table"), load_model(embedded_model("pre"))[1]
+    save_mixture(tmp_path / "mixture", tokenizer)
+    options = ["--model", str(tmp_path / "mixture"), "--output", str(tmp_path / "table"), "--sequence-length", "32"]
+    options += ["--calibration-samples", "4", "--tuning-samples", "4", "--report-samples", "4", "--seeds", "2"]
+    choices = ["uniform", "layer: angular", "expert: reap", "expert: random"]
+    options += ["--choices", *choices, "--methods", "wanda", "--sparsities", "0.6"]
+    made, plan_of = [], table.Bench.plan
+    monkeypatch.setattr(table.Bench, "plan", lambda *given: made.append(plan_of(*given)) or made[-1])
+    monkeypatch.setattr(sys, "argv", ["expert_sparsity_table.py", *options])
+    table.main()
+    rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
+    assert [row["choice"] for row in rows] == [*choices, choices[-1]]
+    assert all(plan.mean == pytest.approx(0.6) for plan in made)
+    assert len({row["perplexity"] for row in rows}) == len(rows)
+    page = (tmp_path / "table" / "table.md").read_text()
+    monkeypatch.setattr(table.Bench, "measure", lambda *_: pytest.fail("it was measured again"))
+    table.main()
+    assert (tmp_path / "table" / "table.md").read_text() == page and "| expert: reap |" in page
+
+
 def test_smaller_experts(load, tmp_path, monkeypatch):
     """Factors get no more weights than the channels that are kept, and a second call measures nothing."""
     table, tokenizer = load("expert_rank_table"), load_model(embedded_model("pre"))[1]

@@ -152,7 +152,7 @@ def _ranks_of_matrices(
         raise ValueError(f"plan: expected granularity layer with a sparse part, got {allocation.granularity}")
     shares = allocation.modules
     if allocation.experts:
-        shares = _shares_of_listed(stack, allocation)
+        shares = _shares_of_listed(stack, allocation, basis)
     check_names_of_matrices(shares, stack)
     rank_of = rank_of_share if allocation.kind == "rank" else rank_of_weights
     ranks: dict[str, int] = {}
@@ -170,16 +170,41 @@ def _ranks_of_matrices(
     return ranks
 
 
-def _shares_of_listed(stack: DecoderLayers, allocation: LayerAllocation) -> dict[str, float]:
-    """The share of each matrix in a plan by expert, if each expert is a module of its own."""
-    found = values_of_parts(allocation.experts, allocation.common, stack)
-    banked = next((name for name, expert in found if expert is not None), None)
+def _shares_of_listed(stack: DecoderLayers, allocation: LayerAllocation, basis: str) -> dict[str, float]:
+    """The share of each matrix in a plan by expert, if each expert is a module of its own. The matrices of an expert,
+    and what is left of a layer, keep their share together, with those that are not factorized.
+
+    Raises:
+        ValueError: experts in a bank; a share that is too small, because of matrices that are not factorized.
+    """
+    values = values_of_parts(allocation.experts, allocation.common, stack)
+    banked = next((name for name, expert in values if expert is not None), None)
     if banked is not None:
         raise ValueError(
             "plan: expected granularity layer, block or module for experts in one parameter, whose factors have one "
             f"rank, got expert for {banked}"
         )
-    return {name: value for (name, _), value in found.items()}
+    found: dict[str, float] = {}
+    for index in range(len(stack)):
+        sets = [own for own in stack.expert_sets(index) if not own.shared]
+        parts = [[name for name, _ in own.matrices_of(expert)] for own in sets for expert in range(own.count)]
+        experts = {name for part in parts for name in part}
+        parts.append([name for name in stack.input_shapes(index) if name not in experts])
+        shapes = factorizable(stack, index, basis)
+        sizes = {name: math.prod(shape_of(module)) for name, module in stack.linears(index).items()}
+        for part in parts:
+            flexible, total = (sum(sizes[n] for n in part if n in sizes and (n in shapes or k)) for k in (False, True))
+            share = values[part[0], None] if part else 1.0
+            if allocation.kind == "parameter_share":
+                share = 1 - (1 - share) * total / flexible if flexible else 1.0
+            if share < 0:
+                least, got = 1 - flexible / total, values[part[0], None]
+                raise ValueError(
+                    f"plan: expected a share above {least:.4g} for {part[0]}, beside matrices that are not factorized, "
+                    f"got {got:.4g}"
+                )
+            found |= {name: share if name in shapes else 1.0 for name in part}
+    return found
 
 
 def _share_of_matrices(stack: DecoderLayers, index: int, share: float, basis: str) -> float:

@@ -23,12 +23,23 @@ from hf_cod import (
     score_experts,
     score_layers,
 )
+from hf_cod.compression.low_rank.rank_plan import plan_of_allocation
 from hf_cod.functional.expert_factorization import shared_expand, shared_reduce
 from hf_cod.functional.factorization import DAMPING
 from hf_cod.models.factors import LowRankExperts
 from tests import references
+from tests.compression.experts.test_merging import listed
 from tests.fresh_processes import run_fresh
-from tests.tiny_models import MIXTURE_TYPES, batch_for, build, build_mixture, outputs, unmapped_outputs
+from tests.tiny_models import (
+    MIXTURE_TYPES,
+    batch_for,
+    build,
+    build_encoder_decoder,
+    build_mixture,
+    outputs,
+    seq2seq_batch,
+    unmapped_outputs,
+)
 
 KINDS = ("mixtral", "gpt_oss", "llama4_text", "dbrx", "jetmoe")
 BANK = "model.layers.1.mlp.experts"
@@ -311,3 +322,51 @@ def test_peft_scores_and_dropped_layers(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(again.model.layers) == 3 and torch.equal(outputs(again), outputs(model))
+
+
+def shares_by_expert(model, budget, batch=None):
+    batches = [batch or batch_for(model)]
+    experts = score_experts(model, method="frequency", batches=batches)
+    alike, spread = score_layers(model, method="uniform"), min(budget, 1 - budget) / 2
+    return allocate(alike, "parameter_share", budget, spread, expert_scores=experts)
+
+
+def test_experts_in_a_list_have_ranks_of_their_own():
+    """In a model whose matrices are all factorized, the share of each is that of its expert."""
+    model = listed()
+    plan = shares_by_expert(model, 0.5)
+    ranks = plan_of_allocation(find_decoder_layers(model), plan).ranks
+    for name, own in plan.experts.items():
+        for expert, share in enumerate(own):
+            rank = max(1, int(share * 32 * 8 / (32 + 8) + 1e-9))
+            assert [ranks[f"{name}.expert_{expert}.{place}"] for place in (0, 2)] == [rank, rank]
+    assert len({rank for name, rank in ranks.items() if ".expert_" in name}) > 2
+
+
+def test_experts_in_a_list_keep_their_shares_beside_matrices_that_are_not_factorized(tmp_path):
+    """NLLB-MoE reads the dtype of its fc2, so fc1 has the ranks for both."""
+    model = build_encoder_decoder("nllb-moe")
+    plan = shares_by_expert(model, 0.8, seq2seq_batch(model))
+    intact = {name: p.numel() for name, p in model.named_parameters()}
+    factorize(model, plan, "plain")
+    for name, own in plan.experts.items():
+        for expert, share in enumerate(own):
+            module = model.get_submodule(f"{name}.expert_{expert}")
+            kept = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+            whole = sum(intact[f"{name}.expert_{expert}.{key}.weight"] for key in ("fc1", "fc2"))
+            one = 32 + module.fc1.bias.numel()
+            assert share - one / whole <= kept / whole <= share + 1e-9
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(unmapped_outputs(again, seq2seq_batch(model)), unmapped_outputs(model, seq2seq_batch(model)))
+    model = build_encoder_decoder("nllb-moe")
+    with pytest.raises(ValueError, match=r"^plan: expected a share above 0.5 for .*fc1, beside matrices that are not"):
+        factorize(model, shares_by_expert(model, 0.3, seq2seq_batch(model)), "plain")
+
+
+def test_experts_of_a_bank_have_one_rank():
+    model = build_mixture("mixtral")
+    before = outputs(model)
+    with pytest.raises(ValueError, match=r"^plan: expected granularity layer, block or module for experts in one par"):
+        factorize(model, shares_by_expert(model, 0.5), "plain")
+    assert torch.equal(outputs(model), before)
