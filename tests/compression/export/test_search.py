@@ -70,7 +70,10 @@ def test_it_finds_the_best_of_all_plans(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_embedding_takes_part(tied, tmp_path):
     """Types of 4.5, 5.5 and 8.5 bits for two matrices, and for the embedding with the head, in one size."""
-    model = llama(2, tie_word_embeddings=tied)
+    model = llama(2, tie_word_embeddings=tied, intermediate_size=320)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.1)  # worth less than the embedding
     first, second = split_samples(samples(), 4)
     statistics, target = collect_statistics(model, first), TARGETS["llama.cpp"]
     names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
@@ -94,7 +97,11 @@ def test_the_embedding_takes_part(tied, tmp_path):
         passes=1500, batches=samples(), include=DOWN,
     )  # fmt: skip
     best = min(losses, key=losses.get)
-    assert len(losses) > 5 and report.results["search"]["divergence"] == pytest.approx(losses[best], rel=1e-4)
+    assert (
+        best[2] == 8
+        and len(losses) > 5
+        and report.results["search"]["divergence"] == pytest.approx(losses[best], rel=1e-4)
+    )
     assert (*report.results["module_bits"].values(), report.results["search"]["embedding_bits"]) == best
     assert f"--token-embedding-type {type_of((99, 64), best[2])} " in report.summary[1]
     assert report.results["module_bits"].keys() == {*names}
