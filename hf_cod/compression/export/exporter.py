@@ -92,9 +92,9 @@ def export(
         layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        **fields: or fields of `ExportSettings` by name: to, bits, group_size, search, passes, embedding_bits, gguf,
-            include, exclude; for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size,
-            pack, seed.
+        **fields: or fields of `ExportSettings` by name: to, bits, group_size, search, passes, embedding_bits,
+            search_embedding, gguf, include, exclude; for texts, also fields of `SampleSettings`: sequence_length,
+            max_samples, batch_size, pack, seed.
 
     Raises:
         ImportError: a package of the target is not installed.
@@ -123,7 +123,8 @@ def export(
     if target.weighted and statistics is None and batches is not None:
         statistics = collect_statistics(model, batches, layers_path=layers_path, name=name, show_progress=show_progress)
     kept = (scores, statistics, batches, journal, show_progress)
-    request = Request(choice.stack, planned, directory, *kept, embedding_bits=chosen.embedding_bits, gguf=chosen.gguf)
+    embedding = found.get("embedding_bits", chosen.embedding_bits)
+    request = Request(choice.stack, planned, directory, *kept, embedding_bits=embedding, gguf=chosen.gguf)
     written = target.write(request)
     if target.rounds and tokenizer is not None:
         tokenizer.save_pretrained(directory)
@@ -152,6 +153,7 @@ def _plan(
     if batches is None:
         raise ValueError("batches: expected samples for the search, got none")
     how = {"scores": scores, "passes": settings.passes, "seed": SEED, **more}
+    how |= {"embedding": settings.embedding_bits} if settings.search_embedding else {}
     return search_widths(stack, target, matrices, settings.bits, batches, **how)
 
 

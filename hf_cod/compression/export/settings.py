@@ -68,6 +68,13 @@ class ExportSettings(ModuleSettings):
             "choices": list(EMBEDDING_BITS),
         },
     )
+    search_embedding: bool = field(
+        default=False,
+        metadata={
+            "help": "for llama.cpp: --search also chooses the width of the embedding and the head; the size stays that "
+            "of --bits and --embedding-bits together; default: off"
+        },
+    )
     gguf: str | None = field(
         default=None,
         metadata={
@@ -88,12 +95,16 @@ class ExportSettings(ModuleSettings):
             raise ValueError(f"group_size: expected {', '.join(map(str, GROUPS))}, got {self.group_size}")
         check_least(self, passes=1)
         if not self.search:
-            check_effect(self, ["passes"], "no search")
+            check_effect(self, ["passes", "search_embedding"], "no search")
         if self.embedding_bits not in EMBEDDING_BITS:
             known = ", ".join(map(str, EMBEDDING_BITS))
             raise ValueError(f"embedding_bits: expected one of {known}, got {self.embedding_bits}")
         if self.to != "llama.cpp":
-            check_effect(self, ["embedding_bits"], f"{self.to}, whose embedding and head we leave as they are")
+            check_effect(
+                self,
+                ["embedding_bits", "search_embedding"],
+                f"{self.to}, whose embedding and head we leave as they are",
+            )
         if self.gguf is not None and self.to != "llama.cpp":
             raise ValueError(f"gguf: expected none for {self.to}, which reads no GGUF, got {self.gguf!r}")
 
@@ -107,4 +118,5 @@ class ExportFields(ModuleFields, SampleFields, total=False):
     search: bool
     passes: int
     embedding_bits: int
+    search_embedding: bool
     gguf: str | None

@@ -40,7 +40,7 @@ class PlanProbe(DivergenceProbe):
         batches: the samples to measure on.
         journal: stores each (plan, sample); stored entries are not computed again.
         bar: progress bar of the passes.
-        rounding: see `Variants`.
+        rounding, outside: see `Variants`.
 
     Raises:
         ValueError: see `PruningProbe`.
@@ -56,9 +56,10 @@ class PlanProbe(DivergenceProbe):
         journal: Journal,
         bar: Any,
         rounding: Rounding | None = None,
+        outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(stack, pruner, statistics, _single(batches), show_progress=False)
-        self._variants = Variants(stack, names, pruner, statistics, rounding)
+        self._variants = Variants(stack, names, pruner, statistics, rounding, outside)
         self._journal, self._bar = journal, bar
         self._seen: set[str] = set()
         self._states: list[State] | None = None

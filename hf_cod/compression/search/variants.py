@@ -31,6 +31,7 @@ class Variants:
         statistics: of the intact model; None for magnitude.
         rounding: for widths beside three and four bits: name of each matrix -> its widths, and
             (matrix, width, squares) -> the rounded matrix.
+        outside: matrices outside of the layers, such as the embedding: name -> weight (out, in).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Variants:
         pruner: str,
         statistics: LayerStatistics | None,
         rounding: Rounding | None = None,
+        outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         widths, rounded = rounding or (dict.fromkeys(names, BITS), codebook.rounded)
         self._weights: dict[str, Tensor] = {}
@@ -48,12 +50,17 @@ class Variants:
             for name, W in stack.matrices(index):
                 if name in names:
                     self._weights[name], self._layers[name] = W, index
+        outside = outside or {}
+        # The intact model's last layer runs with its head, so both are restored together.
+        self._weights |= outside
+        self._layers |= dict.fromkeys(outside, len(stack) - 1)
         self._intact = {name: W.clone() for name, W in self._weights.items()}
         self._values: dict[str, float | None] = dict.fromkeys(self._weights)
         self._ranks: dict[str, list[Tensor]] = {}
         self._rounded: dict[tuple[str, float], Tensor] = {}
         for name, W in self._weights.items():
-            squares = [None if statistics is None else statistics.of(name, expert) for expert, _ in _matrices(W)]
+            sums = None if name in outside else statistics
+            squares = [None if sums is None else sums.of(name, expert) for expert, _ in _matrices(W)]
             if pruner == CODEBOOK:
                 for bits in widths[name]:
                     found = [rounded(m, bits, s) for (_, m), s in zip(_matrices(W), squares, strict=True)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_cod import BitPlan, collect_statistics, export, find_decoder_layers, split_samples
+from hf_cod.compression.export.llama_cpp import type_of
 from hf_cod.compression.export.search import on_grid
 from hf_cod.compression.export.targets import TARGETS
 from tests.compression.export.models import llama
@@ -66,6 +67,48 @@ def test_it_finds_the_best_of_all_plans(tmp_path):
     assert again.results == report.results
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_takes_part(tied, tmp_path):
+    """Types of 4.5, 5.5 and 8.5 bits for two matrices, and for the embedding with the head, in one size."""
+    model = llama(2, tie_word_embeddings=tied, intermediate_size=320)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.1)  # worth less than the embedding
+    first, second = split_samples(samples(), 4)
+    statistics, target = collect_statistics(model, first), TARGETS["llama.cpp"]
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    outside = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in (*names, *outside)}
+    bits = {4: 4.5, 5: 5.5, 8: 8.5}
+    budget = 5.5 * sum(weights[n].numel() for n in names) + bits[5] * sum(weights[n].numel() for n in outside)
+    losses = {}
+    for plan in itertools.product(bits, repeat=3):
+        widths = dict(zip(names, plan[:2], strict=True)) | dict.fromkeys(outside, plan[2])
+        if sum(bits[width] * weights[name].numel() for name, width in widths.items()) > budget:
+            continue
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, width in widths.items():
+                rounded = on_grid(weights[name], width, statistics.squares.get(name), engine=target, group=None)
+                changed.get_submodule(name).weight.copy_(rounded)
+        losses[plan] = divergence(model, changed, second)
+    report = export(
+        model, tmp_path / "out", to="llama.cpp", bits=5.5, embedding_bits=5, search=True, search_embedding=True,
+        passes=1500, batches=samples(), include=DOWN,
+    )  # fmt: skip
+    best = min(losses, key=losses.get)
+    assert (
+        best[2] == 8
+        and len(losses) > 5
+        and report.results["search"]["divergence"] == pytest.approx(losses[best], rel=1e-4)
+    )
+    assert (*report.results["module_bits"].values(), report.results["search"]["embedding_bits"]) == best
+    assert f"--token-embedding-type {type_of((99, 64), best[2])} " in report.summary[1]
+    assert report.results["module_bits"].keys() == {*names}
+    for name, W in weights.items():
+        assert torch.equal(model.get_submodule(name).weight, W)
+
+
 @pytest.mark.parametrize("to, bits", [("llama.cpp", 4.9), ("gptqmodel", 3.4), ("compressed-tensors", 3.6)])
 def test_matrices_of_an_engine(to, bits, tmp_path):
     """Fused matrices share a width, the budget holds in the format of the engine, and equal sizes are not searched."""
@@ -99,6 +142,8 @@ def test_bad_input_is_one_line(tmp_path):
     sizes = {name: tuple(model.get_submodule(name).weight.shape) for name in widths}
     cases = [
         ({"search": True}, "batches: expected samples for the search, got none"),
+        ({"search_embedding": True}, "search_embedding: expected none with no search, got True"),
+        ({"search": True, "search_embedding": True}, "search_embedding: expected none with mlx, .*"),
         ({"passes": 7}, "passes: expected none with no search, got 7"),
         ({"search": True, "passes": 3, "batches": samples()}, "passes: expected at least .*"),
         ({"search": True, "batches": samples(1)}, "batches: expected at least two samples, .* got 1"),
