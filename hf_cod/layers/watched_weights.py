@@ -21,11 +21,15 @@ def version_of(tensor: Tensor) -> int:
 
 
 class Watched(dict[str, Any]):
-    """The parameters of a module; reads of its weight from outside of its call are recorded, and get a copy."""
+    """The parameters of a module; reads of its weight from outside of its call are recorded, and get a copy.
+
+    Also those by `parameters`, `named_parameters` and `state_dict`, of this module or of one around it. Nothing is
+    recorded before `begin`.
+    """
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         super().__init__(parameters)
-        self.depth = 0
+        self.depth = 1
         self.called = False
         self.read = False
         self.no_tensor = False
@@ -43,6 +47,25 @@ class Watched(dict[str, Any]):
         if self._copy is None:
             self._copy = nn.Parameter(tensor.detach().clone(), requires_grad=False)
         return self._copy
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict, recorded."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def items(self) -> Any:
+        """As of a dict, recorded."""
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        """As of a dict, recorded."""
+        return {name: self[name] for name in self}.values()
+
+    def begin(self) -> None:
+        """Records reads from here on."""
+        self.depth = 0
 
     def enter(self, *_: Any) -> None:
         """A forward pre-hook: what the module itself reads is its own; the copy is freed."""
