@@ -67,6 +67,14 @@ class Watched(dict[str, Any]):
         """Records reads from here on."""
         self.depth = 0
 
+    def apply(self, module: nn.Module, *arguments: Any) -> nn.Module:
+        """`Module._apply`, by which a model changes the dtype or device of a module while it runs: not a read."""
+        self.depth += 1
+        try:
+            return type(module)._apply(module, *arguments)
+        finally:
+            self.depth -= 1
+
     def enter(self, *_: Any) -> None:
         """A forward pre-hook: what the module itself reads is its own; the copy is freed."""
         self.depth, self.called = self.depth + 1, True
@@ -91,6 +99,7 @@ def watch(module: nn.Module, block: ExitStack) -> Watched:
     """Watches the weight of a Linear-like module until the end of `block`."""
     watched = Watched(module._parameters)
     vars(module)["_parameters"] = watched  # nn.Module.__getattr__ looks into it
+    vars(module)["_apply"] = partial(watched.apply, module)
     if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
         # What it computes does not matter here, and to read all weights would be most of the pass's time.
         vars(module)["forward"] = partial(_zeros, shape_of(module)[0])

@@ -132,6 +132,11 @@ def by_the_values(block, x):
     return block.second(x) * next(iter(block.second._parameters.values())).std()
 
 
+def moves(block, x):
+    block.to(x.dtype).second.to(x.device)
+    return block.second(x)
+
+
 def calls(block, x):
     return block.second(x)
 
@@ -142,6 +147,7 @@ def calls(block, x):
         (calls, nn.Linear, {}),
         (calls, OwnForward, {}),
         (calls, Conv1D, {}),
+        (moves, nn.Linear, {}),
         (casts, nn.Linear, {"second": READ}),
         (multiplies, nn.Linear, {"second": UNCALLED}),
         (multiplies, Conv1D, {"second": UNCALLED}),
