@@ -9,8 +9,8 @@ the module is not being called is recorded, whatever the model does with it, so 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,11 +23,12 @@ from hf_cod.layers.capturing import capturing_hooks
 from hf_cod.layers.devices import random_state_restored
 from hf_cod.layers.layer_calls import observed_calls
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
-from hf_cod.layers.modes import cache_restored, modes_restored, modules_restored
+from hf_cod.layers.modes import modes_restored, modules_restored, without_cache
 from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.modules import walk
 from hf_cod.layers.orientation import computes_otherwise
 from hf_cod.layers.own_changes import undone_at_the_end
+from hf_cod.layers.probe_inputs import TOKENS as FEW
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
 from hf_cod.layers.stack import DecoderLayers
@@ -35,6 +36,8 @@ from hf_cod.layers.stock_four_bit import without_repacking
 from hf_cod.layers.watched_experts import watch_experts
 from hf_cod.layers.watched_weights import Watched, is_watched, version_of, watch
 
+# A model may compute otherwise on a few tokens. Linears are not computed in the pass, so that this costs little.
+TOKENS = 40
 UNCALLED = "the model uses its weight without calling it"
 READ = "the model reads its weight itself, beside calling it"
 
@@ -110,7 +113,8 @@ def direct_use(model: nn.Module, batches: Sequence[Batch] | None = None) -> Dire
     because the pass failed or matrices did not run, batches of another kind (with images) add to it.
 
     Reads that happen only with a cache of earlier tokens are not found: the pass has none, since a pass that fills one
-    and a step after that would double its time.
+    and a step after that would double its time. Nor are those on more than `TOKENS` tokens or on certain values, and
+    those of a reference to the parameter that is kept outside of its module.
 
     Args:
         model: a transformers model without wrappers; it may be on the meta device.
@@ -184,9 +188,13 @@ def _union(one: Any, other: Any) -> Any:
 
 def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     """Eval mode shows what is used directly. What is rescaled already is only seen in train mode, which undoes it."""
-    found, training = _pass(model, batch), _pass(model, batch, training=True)
+    for tokens in (TOKENS, FEW):  # a model may have fewer positions
+        found = _pass(model, batch, tokens=tokens)
+        if found.failure is None:
+            break
+    training = _pass(model, batch, training=True, tokens=tokens)
     if found.failure is not None and is_on_meta(model):
-        found = _pass(model, batch, zeros=True)
+        found = _pass(model, batch, zeros=True, tokens=tokens)
     written = [*found.written, *training.written]
     # What is rescaled already is read in train mode alone.
     reasons = {**dict.fromkeys((name.removesuffix(".weight") for name in written), READ), **found.reasons}
@@ -199,7 +207,9 @@ def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     )
 
 
-def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:
+def _pass(
+    model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False, tokens: int = FEW
+) -> DirectUse:
     """One forward pass; with `zeros`, as in `on_zeros`."""
     versions = {name: version_of(p) for name, p in model.named_parameters()}
     failure = None
@@ -208,7 +218,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         block.enter_context(without_repacking(model))
         block.enter_context(modes_restored(model))
         block.enter_context(modules_restored(model))
-        block.enter_context(_without_cache(model))
+        block.enter_context(without_cache(model))  # which would copy what a latent projection hands on
         block.enter_context(random_state_restored(model))
         _prepare(model, training)
         unpackable = block.enter_context(on_zeros(model)) if zeros else {} if training else watch_experts(model)
@@ -222,7 +232,9 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
             empty = next((name for name, parameters in watched.items() if not parameters.size), None)
             if empty is not None:  # torch ends the process where attention has no channels
                 raise ValueError(f"{empty} has no weights")
-            inputs, device = probe_inputs(model, batch)
+            inputs, device = probe_inputs(model, batch, tokens=tokens)
+            for parameters in watched.values():
+                parameters.begin()
             with device:
                 model(**inputs)
         except Exception as error:  # whatever a model raises on inputs that may be none for it
@@ -282,14 +294,3 @@ def _unseen(model: nn.Module, watched: Mapping[str, Watched]) -> list[str]:
 def _place(model: nn.Module, name: str) -> tuple[type, str]:
     parent, _, child = name.rpartition(".")
     return type(model.get_submodule(parent)), child
-
-
-@contextmanager
-def _without_cache(model: Any) -> Iterator[None]:
-    """Without a cache, which would copy what a latent projection hands on."""
-    config: Any = getattr(model, "config", None)
-    text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    with cache_restored(text):
-        if getattr(text, "use_cache", None) is not None:
-            text.use_cache = False
-        yield

@@ -153,6 +153,8 @@ def _first_dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, st
                 stack.trunk(**inputs)
         except Exception:  # whatever a model raises on inputs that may be none for it; on its own, it raises later
             return None
+        if any(not state[0].numel() for state in states):  # XLNet with bi_data reads samples in pairs
+            return 0, "its hidden state is empty for one sample"
         for layer in range(len(states) - 1):
             try:
                 alone = run_layer(stack, layer, inputs, states[layer])

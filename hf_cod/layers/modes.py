@@ -128,6 +128,17 @@ def cache_restored(config: Any) -> Iterator[None]:
 
 
 @contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """Without a KV cache inside the block, also in a model that has no config."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    with cache_restored(text):
+        if getattr(text, "use_cache", None) is not None:
+            text.use_cache = False
+        yield
+
+
+@contextmanager
 def measuring_config(config: Any) -> Iterator[None]:
     """Without KV cache and without a load-balancing loss inside the block; does nothing for None.
 

@@ -8,11 +8,16 @@ from torch import nn
 
 from hf_cod.layers.orientation import is_linear
 from hf_cod.models.expert_parameters import ExpertParameter
+from hf_cod.models.factors import LowRankLinear
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """Whether `module` is one matrix: nn.Linear, Conv1D, or a quantized module with in_features and out_features."""
-    return is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    """Whether `module` is one matrix: nn.Linear, Conv1D, or a quantized module with in_features and out_features.
+
+    A factorized one is two or three.
+    """
+    sized = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return is_linear(module) or (sized and not isinstance(module, LowRankLinear))
 
 
 def is_norm(module: nn.Module) -> bool:

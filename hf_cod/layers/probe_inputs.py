@@ -21,19 +21,20 @@ _OF_TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attenti
 
 
 def probe_inputs(
-    model: Any, batch: Batch | None = None, device: torch.device | None = None
+    model: Any, batch: Batch | None = None, device: torch.device | None = None, tokens: int = TOKENS
 ) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
     """The inputs of one sample, and the device context in which the forward has to run.
 
     Args:
         model: a transformers model, which may be on the meta device.
-        batch: of text the first `TOKENS` tokens of the first sample are used, else all of it; None: an input by the
+        batch: of text the first `tokens` tokens of the first sample are used, else all of it; None: an input by the
             model's config.
         device: where the model runs; None: that of its weights, the meta device also if they are offloaded.
+        tokens: the number of tokens of text.
     """
     first = next(model.parameters())
     device = device or (first.device if first.is_meta else execution_device(model))
-    inputs = _by_config(model) if batch is None else _first_sample(model_inputs(model, batch))
+    inputs = _by_config(model, tokens) if batch is None else _first_sample(model_inputs(model, batch), tokens)
     dtype = first.dtype if first.is_floating_point() else torch.float32
     inputs = {name: t.to(dtype) if batch is None and t.is_floating_point() else t for name, t in inputs.items()}
     # What forward creates is on the model's device, also while from_pretrained builds everything on the meta device.
@@ -41,18 +42,18 @@ def probe_inputs(
     return to_device(inputs, device), torch.device(device) if meta else nullcontext()
 
 
-def _first_sample(batch: dict[str, Any]) -> dict[str, Any]:
+def _first_sample(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
     text = _OF_TEXT.issuperset(batch)
     if not text:  # whole, because images may be packed into one list of patches
         return batch
     # Without the mask: all of the first tokens may be padding.
-    return {name: t[:1, :TOKENS] for name, t in batch.items() if name.endswith("input_ids")}
+    return {name: t[:1, :tokens] for name, t in batch.items() if name.endswith("input_ids")}
 
 
-def _by_config(model: Any) -> dict[str, Tensor]:
+def _by_config(model: Any, tokens: int) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", "input_ids")
-    ids = torch.arange(1, TOKENS + 1, device="cpu")[None]
+    ids = torch.arange(tokens, device="cpu")[None] % TOKENS + 1  # small ones, which every vocabulary has
     inputs = {"input_ids": ids}
     if main == "pixel_values" or has_two_towers(model):
         pixels = _pixels(getattr(config, "vision_config", config))

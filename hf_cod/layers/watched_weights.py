@@ -21,11 +21,15 @@ def version_of(tensor: Tensor) -> int:
 
 
 class Watched(dict[str, Any]):
-    """The parameters of a module; reads of its weight from outside of its call are recorded, and get a copy."""
+    """The parameters of a module; reads of its weight from outside of its call are recorded, and get a copy.
+
+    Also those by `parameters`, `named_parameters` and `state_dict`, of this module or of one around it. Nothing is
+    recorded before `begin`.
+    """
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         super().__init__(parameters)
-        self.depth = 0
+        self.depth = 1
         self.called = False
         self.read = False
         self.no_tensor = False
@@ -43,6 +47,33 @@ class Watched(dict[str, Any]):
         if self._copy is None:
             self._copy = nn.Parameter(tensor.detach().clone(), requires_grad=False)
         return self._copy
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict, recorded."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def items(self) -> Any:
+        """As of a dict, recorded."""
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        """As of a dict, recorded."""
+        return {name: self[name] for name in self}.values()
+
+    def begin(self) -> None:
+        """Records reads from here on."""
+        self.depth = 0
+
+    def apply(self, module: nn.Module, *arguments: Any) -> nn.Module:
+        """`Module._apply`, by which a model changes the dtype or device of a module while it runs: not a read."""
+        self.depth += 1
+        try:
+            return type(module)._apply(module, *arguments)
+        finally:
+            self.depth -= 1
 
     def enter(self, *_: Any) -> None:
         """A forward pre-hook: what the module itself reads is its own; the copy is freed."""
@@ -68,6 +99,7 @@ def watch(module: nn.Module, block: ExitStack) -> Watched:
     """Watches the weight of a Linear-like module until the end of `block`."""
     watched = Watched(module._parameters)
     vars(module)["_parameters"] = watched  # nn.Module.__getattr__ looks into it
+    vars(module)["_apply"] = partial(watched.apply, module)
     if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
         # What it computes does not matter here, and to read all weights would be most of the pass's time.
         vars(module)["forward"] = partial(_zeros, shape_of(module)[0])

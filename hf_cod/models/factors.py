@@ -50,6 +50,16 @@ class LowRankLinear(nn.Module):
         self.sparse = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype) if sparse else None
 
     @property
+    def in_features(self) -> int:
+        """Columns of W; a model may read it."""
+        return self.reduce.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return self.expand.out_features
+
+    @property
     def rank(self) -> int:
         """Columns of B."""
         return self.expand.in_features

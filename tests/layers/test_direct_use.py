@@ -108,6 +108,35 @@ def by_name(block, x):
     return x @ block.second.weight.data.T
 
 
+def by_long_inputs(block, x):
+    return x @ block.second.weight.T if x.shape[1] > 32 else block.second(x)
+
+
+def by_its_state(block, x):
+    return block.second(x) * block.state_dict()["second.weight"].std()
+
+
+def by_its_parameters(block, x):
+    return x @ dict(block.second.named_parameters())["weight"].T
+
+
+def by_the_first_parameter(block, x):
+    return x @ next(block.second.parameters()).T
+
+
+def by_the_dictionary(block, x):
+    return block.second(x) * block.second._parameters.get("weight").std()
+
+
+def by_the_values(block, x):
+    return block.second(x) * next(iter(block.second._parameters.values())).std()
+
+
+def moves(block, x):
+    block.to(x.dtype).second.to(x.device)
+    return block.second(x)
+
+
 def calls(block, x):
     return block.second(x)
 
@@ -118,11 +147,18 @@ def calls(block, x):
         (calls, nn.Linear, {}),
         (calls, OwnForward, {}),
         (calls, Conv1D, {}),
+        (moves, nn.Linear, {}),
         (casts, nn.Linear, {"second": READ}),
         (multiplies, nn.Linear, {"second": UNCALLED}),
         (multiplies, Conv1D, {"second": UNCALLED}),
         (by_name, OwnForward, {"second": UNCALLED}),
         (joins, nn.Linear, {"first": READ, "second": UNCALLED}),
+        (by_long_inputs, nn.Linear, {"second": UNCALLED}),
+        (by_its_state, nn.Linear, {"first": READ, "second": READ}),
+        (by_its_parameters, nn.Linear, {"second": UNCALLED}),
+        (by_the_first_parameter, Conv1D, {"second": UNCALLED}),
+        (by_the_dictionary, nn.Linear, {"second": READ}),
+        (by_the_values, OwnForward, {"second": READ}),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -50,6 +50,22 @@ def test_layers_that_use_states_of_several_earlier_ones_are_refused():
     assert report.n_layers == 4
 
 
+def test_a_model_that_reads_samples_in_pairs():
+    """XLNet with `bi_data` has no hidden state for a single sample, such as the one that layers are tried on."""
+    torch.manual_seed(0)
+    config = tiny_config("xlnet")
+    config.bi_data = True
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batches = [{"input_ids": torch.arange(24).reshape(2, 12) + 5}]
+    whole = [module.weight.detach().clone() for module in find_decoder_layers(model).linears(1).values()]
+    with pytest.raises(ValueError, match=r"^narrow: .* layer 0 does not run alone .*is empty for one sample\)$"):
+        narrow(model, 0.9, batches=batches)
+    report = prune(model, 0.5, "wanda", batches=batches)
+    assert any("is empty for one sample" in note for note in report.notes)
+    for module, weight in zip(find_decoder_layers(model).linears(1).values(), whole, strict=True):
+        assert torch.equal(module.weight, weight * (module.weight != 0)) and (module.weight == 0).any()
+
+
 def sharing(kind="gemma3n_text"):
     """The last two layers use the keys and values of the first two."""
     torch.manual_seed(0)

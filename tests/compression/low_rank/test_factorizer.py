@@ -141,6 +141,24 @@ def test_nothing_else_changes_and_the_model_is_left_as_it_was():
     assert not any(isinstance(m, Conv1D) for m in factors(model).values())
 
 
+def test_a_model_that_reads_the_sizes_of_a_matrix(monkeypatch):
+    """It gets those of the whole matrix, while the layers have its factors."""
+
+    def scaled(self, x):
+        rows, columns = self.down_proj.out_features, self.down_proj.in_features
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * (rows / columns)
+
+    model = build("llama")
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", scaled)
+    whole = copy.deepcopy(model)
+    ranks = factorize(model, 0.7, "plain").results["ranks"]
+    for name in ranks:
+        whole.get_submodule(name).weight.data = model.get_submodule(name).weight.detach()
+    torch.testing.assert_close(outputs(model), outputs(whole))
+    named = {name for index in range(4) for name in find_decoder_layers(model).linears(index)}
+    assert {f"{name}.reduce" for name in ranks} <= named and named.isdisjoint(ranks)
+
+
 @pytest.mark.parametrize("kind", ["parameter_share", "rank"])
 def test_an_allocation_is_met_layer_by_layer(kind):
     model = build("llama", hidden_size=64, intermediate_size=96)
