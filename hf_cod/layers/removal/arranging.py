@@ -12,7 +12,7 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,8 +27,8 @@ from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.layer_copies import own_weights
 from hf_cod.layers.modes import one_thread
 from hf_cod.layers.removal.cache import check_attended, check_cache
+from hf_cod.layers.removal.changes import Changes, Reading
 from hf_cod.layers.removal.config_surgery import (
-    Changes,
     building_errors,
     derived_lists,
     mend_config,
@@ -36,10 +36,13 @@ from hf_cod.layers.removal.config_surgery import (
     write_out,
 )
 from hf_cod.layers.removal.handed_on import mend_features, mend_handed_on
+from hf_cod.layers.removal.index_reads import watch
 from hf_cod.layers.removal.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
 from hf_cod.layers.removal.layer_tables import LayerTables, find_layer_tables
+from hf_cod.layers.removal.list_readings import check_readings, settle
 from hf_cod.layers.removal.marked_runs import MarkedRuns
-from hf_cod.layers.removal.rebuilding import MODES, check_config_builds, scale_numbers
+from hf_cod.layers.removal.outside import MODES, build_outside
+from hf_cod.layers.removal.rebuilding import check_config_builds, scale_numbers
 from hf_cod.layers.removal.wording import wording_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import DECODER, ENCODER, VISION, ancestors
@@ -68,9 +71,9 @@ def arranged(model: nn.Module, ordering: Ordering, layers_path: str | None) -> I
             with building_errors(stack.model, wording_of(order)):
                 lists, tables, runs = _arrange(stack, order, changes)
             if runs.possible and not runs.ran:  # then the config alone says whether the layers fit each other
-                check_config_builds(stack, tables.shapes, wording_of(order))
+                check_config_builds(stack, tables, wording_of(order))
             pin_lists(stack.config, lists, changes)
-            runs.check()
+            check_readings(changes, runs.check)
             yield
         finally:
             changes.undo()
@@ -146,14 +149,34 @@ def _describe(stack: DecoderLayers, order: list[int], changes: Changes) -> tuple
             )
     check_cache(stack, wording)
     tables.check_plain(wording)
-    try:
-        check_config_builds(stack, tables.shapes, wording)
-    except ValueError:
-        if not scale_numbers(stack, changes):
-            raise
-        check_config_builds(stack, tables.shapes, wording)
-    runs.check()
+
+    def check() -> None:
+        check_config_builds(stack, tables, wording)
+        runs.check()
+
+    with building_errors(stack.model, wording):
+        try:
+            settle(changes, check, partial(_is_unread, stack, runs), f"use {wording.temporary}")
+        except ValueError:
+            if not scale_numbers(stack, changes):
+                raise
+            check()
     return tables, runs
+
+
+def _is_unread(stack: DecoderLayers, runs: MarkedRuns, reading: Reading) -> bool:
+    """Whether the model reads a list of its config neither where it is built nor where it runs."""
+    if not runs.ran or reading.name in runs.read:
+        return False
+    read: set[str] = set()
+    with ExitStack() as block:
+        watch(reading.config, {reading.name}, read, block)
+        try:
+            build_outside(stack)
+            runs.difference()
+        except Exception:  # whatever a model raises for a config that does not fit it; `drop` reports the reason
+            return False
+    return not read
 
 
 def _check_unshared(stack: DecoderLayers) -> None:
@@ -219,11 +242,17 @@ def _mend_configs(stack: DecoderLayers, order: list[int], depth: int, called: st
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:
-    """Changes the copies of the config's lists in the modules around the stack, such as Mllama's indices of layers."""
-    for module in ancestors(stack.model, stack.layers_path):
-        for name, value in before.items():
-            now = getattr(stack.config, name)
-            if now != value and vars(module).get(name) == value:
+    """Changes the copies of the config's lists in and around the layers, such as Mllama's indices of layers."""
+    inside = [module for layer in stack for module in layer.modules()]
+    unknown = {reading.name: reading for reading in changes.readings if reading.unknown}
+    for name, value in before.items():
+        now = getattr(stack.config, name)
+        for module in (*ancestors(stack.model, stack.layers_path), *inside):
+            if now == value or vars(module).get(name) != value:
+                continue
+            if name in unknown and module in inside:
+                unknown[name].copies.append(module)
+            else:
                 changes.set(module, name, now)
 
 

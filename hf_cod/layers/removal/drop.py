@@ -31,8 +31,9 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
     Raises:
         ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
-            removed one, the model does something at a layer by its index, which would move to another layer, it changes
-            its weights in eval mode (RWKV), or another thread uses the model.
+            removed one, the model does something at a layer by its index, which would move to another layer, a kept
+            layer computes something else at its new index (ImageGPT with `scale_attn_by_inverse_layer_idx`), the model
+            changes its weights in eval mode (RWKV), or another thread uses the model.
     """
     with arranged(model, partial(_kept, layers), layers_path):
         yield
@@ -46,21 +47,21 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
     Renumbers all layer indices inside the kept layers, sets `num_hidden_layers`, and shortens `layer_types` and all
     other per-layer lists of the config. A model with a head first gets its own copy of the config, because another
-    model may share it; a model without a head, such as `model.model`, keeps sharing its config with the full model. If
-    a function depends on the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index, in
-    memory and after a reload. The norm placements of this package keep each layer's old depth. Tables outside
-    of the layers that have a block for each (Gemma 3n, 4) are cut. Layers for multi-token prediction are in the files
-    only, not in the model: fields that promise them, such as `num_nextn_predict_layers`, are set to 0.
+    model may share it; a model without a head, such as `model.model`, keeps sharing its config with the full model.
+    The norm placements of this package keep each layer's old depth. Tables outside of the layers that have a block for
+    each (Gemma 3n, 4) are cut. Layers for multi-token prediction are in the files only, not in the model: fields that
+    promise them, such as `num_nextn_predict_layers`, are set to 0.
 
     Returns:
         The old indices of the kept layers, in order.
 
     Raises:
         ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
-            removed one, the model does something at a layer by its index, which would move to another layer, a table by
-            layer whose weight is no plain one in memory, quantized weights, a model that changes its weights in eval
-            mode (RWKV), or an architecture whose config cannot describe the result (a model from that config would
-            differ). The model is unchanged in all these cases.
+            removed one, the model does something at a layer by its index, which would move to another layer, a kept
+            layer computes something else at its new index (as in `skip`), a table by layer whose weight is no plain one
+            in memory, quantized weights, a model that changes its weights in eval mode (RWKV), or an architecture whose
+            config cannot describe the result (a model from that config would differ). The model is unchanged in all
+            these cases.
     """
     return arrange(model, partial(_kept, layers), layers_path)
 

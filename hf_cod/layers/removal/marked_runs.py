@@ -5,6 +5,9 @@ returned their input. In the shorter model each kept layer has to get the same i
 same. Layers that are to run several times add nothing either, so that each time gets the same. Otherwise the model does
 something to a layer by its index: it adds features after it (Qwen3-VL), hands on its
 state (CLIPSeg), merges tokens there (MiniCPM-V), or has a block for it in a table.
+
+In the same runs each layer that reads its index is run on random hidden states, with what else it gets
+(`index_reads.py`): it has to compute the same at its new index.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from hf_cod.layers.devices import check_in_memory, execution_device, random_stat
 from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.partial_forward import Passage, exchanged_layers, state_of
 from hf_cod.layers.probe_inputs import image_inputs, probe_inputs
+from hf_cod.layers.removal.index_reads import IndexReads, check_computed
 from hf_cod.layers.running import Place, evaluation_mode, hidden_input, tensors_of
 from hf_cod.layers.stack import DecoderLayers
 
@@ -40,9 +44,11 @@ _named: WeakSet[nn.Module] = WeakSet()
 
 @dataclass(frozen=True)
 class _Run:
-    """The tensors that each layer gets, those that the model returns, and the output channels of modules that ran."""
+    """The tensors that each layer gets, those that it computes alone if it reads its index, those that the model
+    returns, and the output channels of modules that ran."""
 
     given: list[dict[Place, Tensor]]
+    computed: list[dict[Place, Tensor]]
     output: dict[Place, Tensor]
     channels: dict[str, int]
 
@@ -72,6 +78,7 @@ class MarkedRuns:
     _probes: list[tuple[dict[str, Any], AbstractContextManager[Any]]] = field(default_factory=list)
     _before: list[_Run | None] = field(default_factory=list)
     _returned: _Returned = field(default_factory=_Returned)
+    _reads: IndexReads = field(default_factory=IndexReads)
 
     def __post_init__(self) -> None:
         try:
@@ -115,27 +122,40 @@ class MarkedRuns:
         return any(run is not None and any(run.given) for run in self._before)
 
     @property
+    def read(self) -> set[str]:
+        """Names of what layers read while they run: their index, and counts and lists of their config."""
+        return self._reads.names
+
+    @property
     def channels(self) -> dict[str, int]:
         """Name of a watched module -> its output channels; those that ran on no input are missing."""
         return {name: size for run in self._before if run is not None for name, size in run.channels.items()}
 
     def difference(self) -> str | None:
-        """What a kept layer gets otherwise in the shorter model, or what that returns otherwise; None if nothing."""
+        """What a kept layer gets otherwise in the shorter model, or what that returns otherwise; None if nothing.
+
+        Raises:
+            ValueError: a kept layer gets the same and computes something else.
+        """
         for probe, before in zip(self._probes, self._before, strict=True):
-            if before is not None:
-                try:
-                    found = _difference(before, self._run(*probe, [*map(self._mark, self.kept)]), self.kept)
-                except Exception as error:  # whatever the forward of a model raises
-                    found = f"{type(error).__name__}: {one_line(str(error))[:150]}"
-                if found is not None:
-                    return found
+            if before is None:
+                continue
+            try:
+                now = self._run(*probe, [*map(self._mark, self.kept)])
+            except Exception as error:  # whatever the forward of a model raises
+                return f"{type(error).__name__}: {one_line(str(error))[:150]}"
+            found = _difference(before, now, self.kept)
+            if found is not None:
+                return found
+            check_computed(self.stack.model, before.computed, now.computed, self.kept)
         return None
 
     def check(self) -> None:
-        """Checks, when config and stack are those of the kept layers, that each of these gets what it got before.
+        """Checks, when config and stack are those of the kept layers, that each of these gets what it got before, and
+        computes the same at its new index.
 
         Raises:
-            ValueError: it gets something else, or the model returns something else.
+            ValueError: it gets or computes something else, or the model returns something else.
         """
         reason = self.difference()
         if reason is not None and self.watched:
@@ -157,10 +177,11 @@ class MarkedRuns:
         """Runs the model with layers that add these marks."""
         model, layers = self.stack.model, [*self.stack]
         given: list[dict[Place, Tensor]] = [{} for _ in layers]
+        computed: list[dict[Place, Tensor]] = [{} for _ in layers]
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         channels: dict[str, int] = {}
         marking = OrderedDict(
-            (str(i), _Marking(layer, mark, self._returned, _recorder(given[i], copies)))
+            (str(i), _Marking(layer, mark, self._returned, _recorder(given[i], copies), self._alone(computed[i])))
             for i, (layer, mark) in enumerate(zip(layers, marks, strict=True))
         )
         handles = [model.get_submodule(name).register_forward_hook(_measure(name, channels)) for name in self.watched]
@@ -176,24 +197,38 @@ class MarkedRuns:
             for handle in handles:
                 handle.remove()
         by_layer = (len(layers), len(layers) + 1)
-        return _Run(given, {place: t.cpu() for place, t in tensors_of(output, by_layer=by_layer)}, channels)
+        returned = {place: t.cpu() for place, t in tensors_of(output, by_layer=by_layer)}
+        return _Run(given, computed, returned, channels)
+
+    def _alone(self, computed: dict[Place, Tensor]) -> Callable[..., None]:
+        return lambda layer, args, kwargs: computed.update(self._reads.computed(layer, args, kwargs))
 
 
 class _Marking(Passage):
     """Returns its input, with a mark added. The first one to run calls its layer, to find out what that returns."""
 
-    def __init__(self, layer: nn.Module, mark: int | None, returned: _Returned, record: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        mark: int | None,
+        returned: _Returned,
+        record: Callable[..., None],
+        alone: Callable[..., None],
+    ) -> None:
         super().__init__(layer, None, lambda: returned.rest)
-        self.__dict__.update(mark=mark, returned=returned, record=record)
+        self.__dict__.update(mark=mark, returned=returned, record=record, alone=alone)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_input(args, kwargs)
         self.record(hidden, args, kwargs)
+        self.alone(self.layer, args, kwargs)
         if not self.returned.found:
             scale = float(hidden.float().std())
             self.returned.scale = scale if 0 < scale < math.inf else 1.0  # not NaN, by which all would be alike
-            # Without the layer's hooks, with which transformers would capture its output beside that of this module.
-            self.returned.rest = state_of(self.layer.forward(*args, **kwargs))[1]
+            # Without the layer's hooks, with which transformers would capture its output beside that of this module,
+            # and not compiled.
+            layer = getattr(self.layer, "_orig_mod", self.layer)
+            self.returned.rest = state_of(layer.forward(*args, **kwargs))[1]
             self.returned.found = True
         if self.mark is not None:
             mark = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(self.mark), device="cpu")

@@ -32,8 +32,8 @@ def repeated(model: nn.Module, start: int, end: int, times: int = 2, layers_path
 
     Raises:
         ValueError: a block that does not exist, the model does something at a layer by its index, which would move to
-            another layer, layers that share weights, a model that changes its weights in eval mode (RWKV), or another
-            thread uses the model.
+            another layer, a layer computes something else at its new index, layers that share weights, a model that
+            changes its weights in eval mode (RWKV), or another thread uses the model.
     """
     with arranged(model, partial(_order, start, end, times), layers_path):
         yield
@@ -47,11 +47,9 @@ def repeat(model: nn.Module, start: int, end: int, times: int = 2, layers_path: 
     The result is a stock model with (times - 1) (end - start) more layers. generate, save_pretrained and
     from_pretrained work on it, and each repetition has its own place in the KV cache. The config is adapted as by
     `drop`: layer indices, `num_hidden_layers`, `layer_types`, all other per-layer lists and layers for multi-token
-    prediction. If a function depends on
-    the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index. The norm placements of this
-    package keep each layer's old depth. Where only the first layer computes something for all (T5's position biases),
-    its copies take it from there. `drop` of the copies restores the model. The copies have weights of their own;
-    `repeated` runs a block several times without them.
+    prediction. The norm placements of this package keep each layer's old depth. Where only the first layer computes
+    something for all (T5's position biases), its copies take it from there. `drop` of the copies restores the model.
+    The copies have weights of their own; `repeated` runs a block several times without them.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -65,9 +63,10 @@ def repeat(model: nn.Module, start: int, end: int, times: int = 2, layers_path: 
 
     Raises:
         ValueError: a block that does not exist, the model does something at a layer by its index, which would move to
-            another layer, a table by layer whose weight is no plain one in memory, quantized weights, layers that share
-            weights, a model that changes its weights in eval mode (RWKV), or an architecture whose config cannot
-            describe the result (a model from that config would differ). The model is unchanged in all these cases.
+            another layer, a layer computes something else at its new index, a table by layer whose weight is no plain
+            one in memory, quantized weights, layers that share weights, a model that changes its weights in eval mode
+            (RWKV), or an architecture whose config cannot describe the result (a model from that config would differ).
+            The model is unchanged in all these cases.
     """
     return arrange(model, partial(_order, start, end, times), layers_path)
 
