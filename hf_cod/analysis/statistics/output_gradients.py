@@ -51,7 +51,7 @@ def measure_loss_weights(
             not record the gradients of its layers.
     """
     task = task_of(stack.model, batches)
-    reason = why_no_gradients(stack, task)
+    reason = why_no_gradients(stack, task, batches)
     if reason:
         raise ValueError(f"batches: expected a loss and floating-point weights in memory, got none: {reason}")
     check_inputs(stack.model, batches)
@@ -165,8 +165,8 @@ class _OutputSums:
 
 
 def _product(module: Any, args: Any, output: Any) -> Tensor | None:
-    """The output, or which of several is W x (I-BERT returns a scale beside it, the routers of Llama 4 scores before it);
-    None: none of them is.
+    """The output, or which of several is W x (I-BERT returns a scale beside it, the routers of Llama 4 scores before
+    it); None: none of them is.
     """
     if isinstance(output, Tensor):
         return output
