@@ -23,7 +23,6 @@ TESTED_BY = {
     "analysis/diagnostics/test_generation_drop.py": (
         "analysis/generation/decoding.py analysis/generation/prompts.py analysis/generation/settings.py"
     ),
-    "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
     "analysis/diagnostics/test_more_measures.py": (
         "analysis/diagnostics/attention_sinks.py analysis/diagnostics/causal_score.py "
         "analysis/diagnostics/jacobians.py analysis/diagnostics/logit_lens.py "

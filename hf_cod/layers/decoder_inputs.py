@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from hf_cod.layers.devices import execution_device
+
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -44,12 +46,19 @@ def decoder_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
         return None
     inputs: dict[str, Any] = dict(batch)
     if "encoder_outputs" in accepted and "encoder_outputs" not in inputs:  # instead of a run of the encoder
-        nothing: Any = torch.zeros(len(batch["labels"]), 1, 1)
-        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=nothing)
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=_nothing_encoded(model, len(batch["labels"])))
     # `_Reached`, or whatever a model raises on labels that are none for it.
     with torch.no_grad(), _ended_at_decoder(model) as found, suppress(Exception):
         model.forward(**inputs)
     return found[0] if found else None
+
+
+def _nothing_encoded(model: Any, samples: int) -> Any:
+    """(S, 1, width): zeros in place of an encoder's states, which a model may project to the width of its decoder."""
+    encoder = model.get_encoder() if callable(getattr(model, "get_encoder", None)) else None
+    config = getattr(encoder, "config", None)
+    width = getattr(config, "output_hidden_size", None) or getattr(config, "hidden_size", None) or 1
+    return torch.zeros(samples, 1, width, dtype=getattr(model, "dtype", None), device=execution_device(model))
 
 
 @contextmanager

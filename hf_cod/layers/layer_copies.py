@@ -21,7 +21,7 @@ from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.modules import is_norm
 from hf_cod.layers.probe_inputs import image_inputs, probe_inputs
-from hf_cod.layers.running import Place, evaluation_mode, hidden_input, hidden_output, tensors_of
+from hf_cod.layers.running import Place, evaluation_mode, hidden_input, hidden_output, tensors_of, with_hidden
 from hf_cod.layers.stack import DecoderLayers
 
 # With fewer tokens, a channel behind a ReLU may be silent on all of them.
@@ -243,11 +243,7 @@ def _copied(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     kwargs = {name: _plain(value) for name, value in kwargs.items()}
     hidden = hidden_input(args, kwargs)
     random = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    if args:
-        args = (random, *args[1:])
-    else:
-        kwargs["hidden_states"] = random
-    taken = LayerCopy(made, args, kwargs)
+    taken = LayerCopy(made, *with_hidden(args, kwargs, random))
     with torch.no_grad():
         if not taken.again().run().isfinite().all():
             raise ValueError("its outputs are not finite")

@@ -34,7 +34,7 @@ def probe_inputs(
     """
     first = next(model.parameters())
     device = device or (first.device if first.is_meta else execution_device(model))
-    inputs = _by_config(model, tokens) if batch is None else _first_sample(model_inputs(model, batch), tokens)
+    inputs = _by_config(model, tokens) if batch is None else _first_sample(model, model_inputs(model, batch), tokens)
     dtype = first.dtype if first.is_floating_point() else torch.float32
     inputs = {name: t.to(dtype) if batch is None and t.is_floating_point() else t for name, t in inputs.items()}
     # What forward creates is on the model's device, also while from_pretrained builds everything on the meta device.
@@ -42,12 +42,24 @@ def probe_inputs(
     return to_device(inputs, device), torch.device(device) if meta else nullcontext()
 
 
-def _first_sample(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
+def _first_sample(model: Any, batch: dict[str, Any], tokens: int) -> dict[str, Any]:
     text = _OF_TEXT.issuperset(batch)
     if not text:  # whole, because images may be packed into one list of patches
         return batch
     # Without the mask: all of the first tokens may be padding.
-    return {name: t[:1, :tokens] for name, t in batch.items() if name.endswith("input_ids")}
+    return {name: _first_tokens(model, t, tokens) for name, t in batch.items() if name.endswith("input_ids")}
+
+
+def _first_tokens(model: Any, ids: Tensor, tokens: int) -> Tensor:
+    """Those of the first sample, with its end token in the last place, which some classifiers read (BART)."""
+    cut = ids[:1, ..., :tokens]
+    known = getattr(model.config, "eos_token_id", None)
+    ends = torch.tensor([known] if isinstance(known, int) else known or [], device=ids.device)
+    found = ids[:1][torch.isin(ids[:1], ends)]
+    if len(found) and not torch.isin(cut, ends).any():
+        cut = cut.clone()
+        cut[..., -1] = found[0]
+    return cut
 
 
 def _by_config(model: Any, tokens: int) -> dict[str, Tensor]:

@@ -126,9 +126,35 @@ def busy(title: str, show: bool = True) -> Iterator[None]:
         next(bar, None)
 
 
-def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """The input hidden state of a layer."""
-    return args[0] if args else kwargs["hidden_states"]
+def hidden_place(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str:
+    """Where the input hidden state of a layer is among its arguments: 0, or the keyword.
+
+    Without positional arguments it is `hidden_states`, or else the one floating-point tensor, whatever its keyword.
+
+    Raises:
+        ValueError: there is no such tensor, or more than one.
+    """
+    if args:
+        return 0
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    found = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if len(found) == 1:
+        return found[0]
+    got = f"{len(found)} floating-point tensors among the keywords {', '.join(kwargs) or 'none'}"
+    raise ValueError(f"model: expected layers with one hidden state as their input, got {got}")
+
+
+def hidden_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input hidden state of a layer, see `hidden_place`."""
+    place = hidden_place(args, kwargs)
+    return args[0] if isinstance(place, int) else kwargs[place]
+
+
+def with_hidden(args: Sequence[Any], kwargs: Mapping[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with another input hidden state, see `hidden_place`."""
+    place = hidden_place(args, kwargs)
+    return ((x, *args[1:]), {**kwargs}) if isinstance(place, int) else ((), {**kwargs, place: x})
 
 
 def are_tokens_first(shape: Sequence[int], samples: int, tokens: int | None, square: bool = False) -> bool:

@@ -245,9 +245,11 @@ class DecoderLayers(Sequence):
     def trunk(self) -> Any:
         """The module whose forward runs the layers on the model's inputs without the head, if there is one."""
         base: Any = getattr(self.model, "base_model", self.model)
-        # The base of DINOv3 is its encoder, which takes embeddings.
-        wanted = getattr(self.model, "main_input_name", "input_ids")
-        return base if wanted in inspect.signature(base.forward).parameters else self.model
+        read, given = (inspect.signature(module.forward).parameters for module in (base, self.model))
+        # The base of DINOv3 is its encoder, which takes embeddings; that of TimesFM requires what its head makes.
+        required = (p for p in read.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+        others = any(p.name not in given for p in required)
+        return self.model if others or getattr(self.model, "main_input_name", "input_ids") not in read else base
 
     @property
     def task_heads(self) -> dict[str, nn.Module]:

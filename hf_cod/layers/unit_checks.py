@@ -17,7 +17,7 @@ from hf_cod.io.display import quoted
 from hf_cod.layers.expert_units import ALIGNED, ExpertUnits, kept_of_experts, set_sizes, zero_experts
 from hf_cod.layers.layer_copies import LayerCopy
 from hf_cod.layers.orientation import is_linear, turned
-from hf_cod.layers.running import tensors_of
+from hf_cod.layers.running import hidden_place, tensors_of
 from hf_cod.layers.units import CHANNELS, EXPERTS, HEADS, Units, kept_rows, set_parameter, tensors_of_units
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
@@ -122,8 +122,9 @@ def _with_fewer_entries(taken: LayerCopy, units: Units) -> Iterator[tuple[str, C
         set_parameter(made.layer.get_submodule(module), key, fewer, values)
         return made
 
-    for key, value in [*arguments.items()][1 if taken.args else 0 :]:
-        if isinstance(value, Tensor) and key != "hidden_states":
+    hidden = hidden_place(taken.args, taken.kwargs)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) and key != hidden:
             for dim, size in enumerate(value.shape):
                 if size == total or (dim == 0 and size and size % total == 0):
                     yield (

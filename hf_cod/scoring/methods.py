@@ -18,6 +18,7 @@ from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
 from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import as_loss
+from hf_cod.analysis.evaluation.outputs import task_of_outputs
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
@@ -33,7 +34,6 @@ from hf_cod.layers.parts import parts_of
 from hf_cod.layers.removal.refusals import why_not_skipped
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.stack import find_decoder_layers
-from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.part_methods import divergences, means_of, score_parts
 from hf_cod.scoring.pruning_probe import PruningProbe
@@ -169,7 +169,7 @@ def _fisher(request: Request) -> list[float]:
 
 def _layer_drop(request: Request) -> list[float]:
     assert request.batches is not None
-    metric = find_metric(None, task_of(request.model, request.batches))
+    metric = find_metric(None, task_of_outputs(request.stack, request.batches))
     why_not = cache(partial(why_not_skipped, request.stack))
     intact, without = measure_layer_drop(request.model, request.batches, metric, why_not=why_not, **request.options)
     costs = {i: as_loss(metric, each) - as_loss(metric, intact) for i, each in enumerate(without) if each is not None}

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
 
 from hf_cod import (
     collect_statistics,
@@ -115,3 +122,35 @@ def test_labels_that_a_model_makes_no_decoder_inputs_of_are_refused():
     unknown["labels"][0, 0] = model.config.vocab_size
     with pytest.raises(ValueError, match=r"labels: expected token ids from 0 to \d+ .* got \d+ of batch 0"):
         collect_statistics(model, [unknown])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_of_images_and_a_decoder_of_another_width(dtype):
+    """The model projects the encoder's states to the width of the decoder, before it runs that."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16}
+    decoder = GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=2, add_cross_attention=True, is_decoder=True)
+    encoder = ViTConfig(hidden_size=24, patch_size=8, **sizes)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    model = VisionEncoderDecoderModel(config).eval().to(dtype)
+    labels = source_and_labels()["labels"]
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16, dtype=dtype), "labels": labels}
+    shifted = torch.cat([torch.full((2, 1), 2), labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, 0)], 1)
+    explicit = {"pixel_values": batch["pixel_values"], "decoder_input_ids": shifted}
+    assert torch.equal(decoder_ids(model, batch), shifted)
+    for stack in ("decoder", "encoder"):
+        options = {"method": "angular", "layers_path": stack}
+        found, expected = (score_layers(model, batches=[each], **options).values for each in (batch, explicit))
+        assert found == expected
+
+
+def test_a_classifier_that_makes_the_decoders_tokens_of_its_input():
+    """BART classifies by the end token, which is behind the first tokens of the samples."""
+    config = build_encoder_decoder("bart").config
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = source_and_labels()["input_ids"]
+    ids[:, -1] = config.eos_token_id
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 2])}
+    assert len(score_layers(model, method="angular", batches=[batch]).values) == len(model.model.decoder.layers)
+    before = prune(model, 0.5, batches=[batch]).summary
+    assert "50.00%" in before[0]

@@ -18,7 +18,7 @@ def applicable(
     """Names of the measures to compute; notes of the report name those that the model does not support."""
     if chosen.metrics is not None and chosen.by_name:
         return chosen.metrics
-    reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack, batches)}
+    reasons = {"gradient_norm": why_no_gradients(stack, task, batches), "layer_drop": _why_dependent(stack, batches)}
     report.notes.extend(f"{metric} was left out: {reason}" for metric, reason in reasons.items() if reason is not None)
     found = [metric for metric in METRICS if reasons.get(metric) is None]
     found = [metric for metric in found if chosen.everything or metric not in MORE_METRICS]

@@ -22,6 +22,7 @@ from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward,
 from hf_cod.analysis.diagnostics.more_measures import Request, measure_more
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
+from hf_cod.analysis.evaluation.outputs import task_of_outputs
 from hf_cod.analysis.generation.sources import listed
 from hf_cod.analysis.generation.task import GenerationTask
 from hf_cod.io.arguments import checked
@@ -36,7 +37,6 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import find_decoder_layers, unwrap
 from hf_cod.layers.stacks import are_alternatives
-from hf_cod.layers.task import task_of
 
 
 class MeasurementError(ValueError):
@@ -125,7 +125,7 @@ def diagnose(
     tasks = chosen.tasks if tasks is None else tasks
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = _prepared(model, tokenizer, texts, batches, chosen)
-    task = task_of(model, batches)
+    task = task_of_outputs(stack, batches)
     check_inputs(stack.model, batches)
     metric = find_metric(chosen.drop_metric if drop_metric is None else drop_metric, task)
     report = RunReport(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from hf_cod.analysis.evaluation.likelihood import negative_log_likelihood
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.checks import name_of
-from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.devices import execution_device, random_state_restored, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.running import evaluation_mode, progress
@@ -67,7 +67,7 @@ def gradient_norms(
         ValueError: as `measure_gradient_norm` does.
     """
     task = task_of(stack.model, batches)
-    reason = why_no_gradients(stack, task)
+    reason = why_no_gradients(stack, task, batches)
     if reason:
         raise ValueError(f"{field}: expected a loss and floating-point weights in memory, got none: {reason}")
     check_inputs(stack.model, batches)
@@ -149,11 +149,13 @@ def _norm(grads: list[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
-    """The reason why gradients of a model cannot be measured; None if they can."""
+def why_no_gradients(stack: DecoderLayers, task: str, batches: Sequence[Batch]) -> str | None:
+    """The reason why gradients of a model on these batches cannot be measured; None if they can."""
     name = type(stack.model).__name__
-    if task in ("headless", "unlabelled"):
-        return f"{name} has no head" if task == "headless" else f"{name} requires labels, and the batches have none"
+    if task == "headless":
+        return f"{name} has no head"
+    if task == "unlabelled" and not _returns_loss(stack, batches):
+        return f"{name} requires labels, or other inputs of which it makes a loss, and the batches have none"
     if any(p.device.type == "meta" for p in stack.model.parameters()):
         return "weights are offloaded"
     # bitsandbytes' codes may be stored as floating point.
@@ -162,10 +164,22 @@ def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
     return None
 
 
+@torch.no_grad()
+def _returns_loss(stack: DecoderLayers, batches: Sequence[Batch]) -> bool:
+    """Whether a model returns a loss without labels, of what it hides itself or of other targets (`future_values`)."""
+    # Whatever a model raises on a batch that is none for it.
+    with suppress(Exception), evaluation_mode(stack), random_state_restored(stack.model):
+        device = execution_device(stack.model)
+        found = (getattr(stack.model(**to_device(batch, device)), "loss", None) for batch in batches)
+        return all(isinstance(loss, Tensor) for loss in found)
+    return False
+
+
 def mean_loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
-    """The loss of a batch, mean over its predictions."""
+    """The loss of a batch, mean over its predictions; the same at each call if the model hides parts at random."""
     if task not in LANGUAGE_MODELS:
-        return model(**batch).loss
+        with random_state_restored(model, seed=0):
+            return model(**batch).loss
     logits = model(**model_inputs(model, batch)).logits
     labels = targets(batch, task).to(logits.device)
     return negative_log_likelihood(logits, labels).sum() / (labels != IGNORED_LABEL).sum()

@@ -16,7 +16,7 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored
-from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output, progress
+from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output, progress, with_hidden
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
@@ -104,8 +104,7 @@ def _observed(
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             leaves[index] = hidden_input(args, kwargs).detach().requires_grad_()
             # A copy, because a layer may add to its input in place.
-            x = leaves[index].clone()
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+            return with_hidden(args, kwargs, leaves[index].clone())
 
         return enter
 

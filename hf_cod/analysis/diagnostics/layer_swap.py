@@ -13,7 +13,7 @@ from torch import nn
 from hf_cod.analysis.diagnostics.changed_layers import measure_changed_layers
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric, as_loss
-from hf_cod.analysis.evaluation.outputs import run_for_metric
+from hf_cod.analysis.evaluation.outputs import run_for_metric, task_of_outputs
 from hf_cod.io.arguments import checked
 from hf_cod.io.journal import Journal
 from hf_cod.io.report import RunReport, format_number
@@ -27,7 +27,6 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.partial_forward import running_from, running_only
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.task import task_of
 
 
 @checked
@@ -87,7 +86,7 @@ def measure_swap(
     stack, other = find_decoder_layers(model, layers_path), find_decoder_layers(donor, layers_path)
     check_swap(stack, other)
     batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
-    chosen = find_metric(metric, task_of(stack.model, batches))
+    chosen = find_metric(metric, task_of_outputs(stack, batches))
     place = output if journal is None else journal
     work = Journals(place, model, batches)
     of_donor = Journals(place, donor, batches).inputs

@@ -51,7 +51,7 @@ def measure_loss_weights(
             not record the gradients of its layers.
     """
     task = task_of(stack.model, batches)
-    reason = why_no_gradients(stack, task)
+    reason = why_no_gradients(stack, task, batches)
     if reason:
         raise ValueError(f"batches: expected a loss and floating-point weights in memory, got none: {reason}")
     check_inputs(stack.model, batches)

@@ -17,6 +17,7 @@ from hf_cod.analysis.diagnostics.forward_measures import ForwardMeasures
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric, check_loss
+from hf_cod.analysis.evaluation.outputs import task_of_outputs
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
 from hf_cod.compression.depth.maps import Maps
 from hf_cod.compression.depth.protection import protected_layers, unremovable
@@ -38,7 +39,6 @@ from hf_cod.layers.removal.drop import check_drop
 from hf_cod.layers.removal.refusals import why_refused
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.task import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Request:
     @property
     def metric(self) -> Metric:
         """The metric of the model's task."""
-        return find_metric(None, task_of(self.stack.model, self.batches))
+        return find_metric(None, task_of_outputs(self.stack, self.batches))
 
     def probe(self, part: str, batches: Sequence[Batch]) -> RemovalProbe:
         """Measures on a part of the batches."""

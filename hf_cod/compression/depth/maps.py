@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric
+from hf_cod.analysis.evaluation.outputs import task_of_outputs
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.compression.depth.replacement import BlockReplacer, contents, put_back, put_in
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.task import task_of
 
 NO_MAPS = "no linear maps replace layers: {}"
 
@@ -93,7 +93,7 @@ class _Judge:
     """
 
     def __init__(self, stack: DecoderLayers, removed: list[int], batches: Sequence[Batch]) -> None:
-        self._metric: Metric = find_metric(None, task_of(stack.model, batches))
+        self._metric: Metric = find_metric(None, task_of_outputs(stack, batches))
         if self._metric.compares:
             raise ValueError(f"{type(stack.model).__name__} has no loss of its own to measure on these batches")
         self._stack, self._removed, self._batches = stack, removed, batches

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_cod.analysis.diagnostics.intervals import ends_of
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric, as_loss
+from hf_cod.analysis.evaluation.outputs import task_of_outputs
 from hf_cod.compression.depth.repeat_plan import SEARCH, RepeatPlan
 from hf_cod.compression.depth.repeat_probe import INTACT, Block, RepeatProbe
 from hf_cod.compression.depth.settings import RepeatFields, RepeatSettings
@@ -25,7 +26,6 @@ from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.removal.repeat import check_repeat
 from hf_cod.layers.stack import find_decoder_layers
-from hf_cod.layers.task import task_of
 
 
 @checked
@@ -82,7 +82,7 @@ def plan_repeat(
     batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     check_inputs(stack.model, batches)
     check_independent(stack, "layers", batches)
-    metric = find_metric(how.metric, task_of(stack.model, batches))
+    metric = find_metric(how.metric, task_of_outputs(stack, batches))
     if metric.compares:
         raise ValueError(
             f"metric: expected one that says how good an output is, got {metric.name}; use a model with a head and "

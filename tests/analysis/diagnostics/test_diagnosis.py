@@ -139,7 +139,8 @@ def test_models_that_need_labels_are_measured_without_them():
     report = diagnose(build("vit"), batches=[batch_for(build("vit"))], show_progress=False)
     assert report.results["layer_drop"]["metric"] == "output_angle"
     assert report.notes == [
-        "gradient_norm was left out: ViTForImageClassification requires labels, and the batches have none"
+        "gradient_norm was left out: ViTForImageClassification requires labels, or other inputs of which it makes a "
+        "loss, and the batches have none"
     ]
     with pytest.raises(ValueError, match="output_angle or a callable for batches without labels, got 'accuracy'"):
         diagnose(build("vit"), batches=[batch_for(build("vit"))], drop_metric="accuracy")

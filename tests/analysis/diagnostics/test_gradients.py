@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from accelerate import disk_offload
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from hf_cod import find_decoder_layers
+from hf_cod import diagnose, find_decoder_layers, score_layers
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
 from tests.tiny_models import CAUSAL, batch_for, build
 
@@ -107,3 +108,27 @@ def test_refusals(tmp_path):
     disk_offload(offloaded, tmp_path, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="offloaded"):
         measure_gradient_norm(offloaded, [batch_for(offloaded)])
+
+
+def test_models_that_make_a_loss_without_labels():
+    """ViT-MAE makes its own targets; it hides patches at random, or by `noise`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    of_decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
+    images = {"image_size": 16, "patch_size": 4, "decoder_intermediate_size": 24}
+    model = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **of_decoder, **images)).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)}
+    model(**batch).loss.backward()
+    squares = [sum(float(p.grad.double().square().sum()) for p in layer.parameters()) for layer in model.vit.layers]
+    model.zero_grad()
+    assert measure_gradient_norm(model, [batch]) == pytest.approx([math.sqrt(each) for each in squares], rel=1e-4)
+    assert "gradient_norm" in diagnose(model, batches=[batch], show_progress=False).layers
+    hidden_at_random = [{"pixel_values": batch["pixel_values"]}]
+    one, other = (score_layers(model, method="fisher", batches=hidden_at_random).values for _ in range(2))
+    assert one == other
+
+
+def test_batches_of_which_a_model_makes_no_loss():
+    model = build("vit")
+    with pytest.raises(ValueError, match="requires labels, or other inputs of which it makes a loss"):
+        measure_gradient_norm(model, [{"pixel_values": batch_for(model)["pixel_values"]}])
