@@ -51,6 +51,7 @@ GROUPS = {
         "per_module",
         "granularity",
         "search_passes",
+        "search_embedding",
         "target",
         "pruner",
         "spread",

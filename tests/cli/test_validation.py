@@ -24,6 +24,7 @@ POSITIONAL = {
 # Only a model, a data set or a finished run shows whether these are bad, or any value is good.
 FREE = [
     "print_trl",
+    "compare model",
     "layers_path",
     "revision",
     "teacher",
@@ -125,6 +126,7 @@ BAD = {
     "post_layers": ["x"],
     "lns_exponent": ["x", "1.5", "-1"],
     "search_passes": COUNT,
+    "rest": ["x"],
     "embedding_bits": ["3", "x"],
     "diagnose output": ["text.txt"],  # these two keep what is there
     "score output": ["text.txt"],
