@@ -55,6 +55,10 @@ def _way_out(told: Difference, index: int, stack: DecoderLayers, rebuilt: Decode
     mine, others = (_values(layers, told.place) for layers in (stack, rebuilt))
     if told.other in mine:
         return f"{wording.verb} whole periods of the pattern of layers"
+    if told.other is None and not others:
+        return f"no layer that it builds has that, so {wording.by_number}"
+    if told.other is None or told.mine is None:
+        return f"keep the layers {'without' if told.other is None else 'with'} {told.place}"
     if type(told.other) not in (int, float):
         return f"keep the layers in which it is {told.other!r}"
     if {*mine} == {told.mine} and {*others} == {told.other}:
@@ -189,7 +193,7 @@ def differences(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -
             continue
         here = _description(mine[name]) if name in mine else {}
         there = _description(other[name]) if name in other else {}
-        for key in here.keys() | there.keys():
+        for key in dict.fromkeys([*here, *there]):
             if not _equal(here.get(key), there.get(key)):
                 yield Difference(f"{name}.{key}", here.get(key), there.get(key))
         kinds = (_kind(mine.get(name)), _kind(other.get(name)))
