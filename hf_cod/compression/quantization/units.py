@@ -149,4 +149,5 @@ def _of_matrix(name: str, size: Size) -> list[Unit]:
 def _of_expert(experts: ExpertSet, expert: int, sizes: Mapping[str, Size]) -> list[Unit]:
     """The matrices of one expert that are quantized."""
     stored = [(own, place) for name, place in experts.matrices_of(expert) for own in stored_names(name, sizes)]
-    return [unit for unit in stored if unit[1] is None or len(sizes[unit[0]]) == 3]  # a shared basis is no expert's
+    # A basis that all experts share is no expert's.
+    return [(own, place) for own, place in stored if place is None or sizes[own][0] == experts.count]
