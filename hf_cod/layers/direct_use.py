@@ -28,8 +28,7 @@ from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.modules import walk
 from hf_cod.layers.orientation import computes_otherwise
 from hf_cod.layers.own_changes import undone_at_the_end
-from hf_cod.layers.probe_inputs import TOKENS as FEW
-from hf_cod.layers.probe_inputs import probe_inputs
+from hf_cod.layers.probe_inputs import FEW, probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
@@ -229,14 +228,7 @@ def _pass(
         latent.attach(model, named, block)
         calls = block.enter_context(observed_calls(model, training))
         try:
-            empty = next((name for name, parameters in watched.items() if not parameters.size), None)
-            if empty is not None:  # torch ends the process where attention has no channels
-                raise ValueError(f"{empty} has no weights")
-            inputs, device = probe_inputs(model, batch, tokens=tokens)
-            for parameters in watched.values():
-                parameters.begin()
-            with device:
-                model(**inputs)
+            _run(model, batch, tokens, watched)
         except Exception as error:  # whatever a model raises on inputs that may be none for it
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     written = [f"{name}.weight" for name, parameters in watched.items() if parameters.is_written()]
@@ -253,6 +245,18 @@ def _pass(
         unpackable=unpackable,
         unseen=_unseen(model, watched),
     )
+
+
+def _run(model: nn.Module, batch: Batch | None, tokens: int, watched: Mapping[str, Watched]) -> None:
+    """Runs the model while reads are recorded."""
+    empty = next((name for name, parameters in watched.items() if not parameters.size), None)
+    if empty is not None:  # torch ends the process where attention has no channels
+        raise ValueError(f"{empty} has no weights")
+    inputs, device = probe_inputs(model, batch, tokens=tokens)
+    for parameters in watched.values():
+        parameters.begin()
+    with device:
+        model(**inputs)
 
 
 def _prepare(model: nn.Module, training: bool) -> None:

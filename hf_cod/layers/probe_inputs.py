@@ -16,12 +16,12 @@ from hf_cod.layers.modes import modes_restored
 from hf_cod.layers.stacks import has_two_towers
 from hf_cod.layers.task import model_inputs
 
-TOKENS = 8
+FEW = 8  # tokens
 _OF_TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "token_type_ids"}
 
 
 def probe_inputs(
-    model: Any, batch: Batch | None = None, device: torch.device | None = None, tokens: int = TOKENS
+    model: Any, batch: Batch | None = None, device: torch.device | None = None, tokens: int = FEW
 ) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
     """The inputs of one sample, and the device context in which the forward has to run.
 
@@ -65,7 +65,7 @@ def _first_tokens(model: Any, ids: Tensor, tokens: int) -> Tensor:
 def _by_config(model: Any, tokens: int) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", "input_ids")
-    ids = torch.arange(tokens, device="cpu")[None] % TOKENS + 1  # small ones, which every vocabulary has
+    ids = torch.arange(tokens, device="cpu")[None] % FEW + 1  # small ones, which every vocabulary has
     inputs = {"input_ids": ids}
     if main == "pixel_values" or has_two_towers(model):
         pixels = _pixels(getattr(config, "vision_config", config))
