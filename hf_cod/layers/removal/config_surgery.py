@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 
 from hf_cod.io.display import one_line
 from hf_cod.io.unread_weights import promises, withdraw
+from hf_cod.layers.removal.changes import Changes
+from hf_cod.layers.removal.list_readings import Meanings, apply
 from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stacks import COUNT_FIELDS, DECODER, DECODER_COUNT_FIELDS, ENCODER_COUNT_FIELDS, counts
 
@@ -62,32 +64,6 @@ _OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, NotImpl
 _OWN = re.compile(r"[a-z_]+: expected ")  # errors of this package
 
 
-class Changes:
-    """Attribute assignments that can be undone in reverse order."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Assigns an attribute that exists."""
-        self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def add(self, owner: Any, name: str, value: Any) -> None:
-        """Assigns an attribute that the object itself does not have."""
-        self._undo.append(partial(delattr, owner, name))
-        setattr(owner, name, value)
-
-    def call(self, undo: Callable[[], None]) -> None:
-        """Records how a change that was made elsewhere is undone."""
-        self._undo.append(undo)
-
-    def undo(self) -> None:
-        """Assigns the earlier values."""
-        while self._undo:
-            self._undo.pop()()
-
-
 @contextmanager
 def building_errors(model: nn.Module, wording: Wording) -> Iterator[None]:
     """Turns the errors of config classes for values that they cannot describe into one ValueError."""
@@ -119,9 +95,9 @@ def mend_config(config: Any, depth: int, kept: list[int], changes: Changes, side
     counting = _counting_fields(config, depth, side)
     if side is not None and not counting:  # each side has its own config inside this one
         return
+    _mend_lists(config, depth, kept, changes, side, Meanings(config, counting, depth, NOT_PER_LAYER_FIELDS))
     for name in counting:
         changes.set(config, name, len(kept))
-    _mend_lists(config, depth, kept, changes, side)
     _mend_overrides(config, kept, changes)
     for names in CONSECUTIVE_COUNT_FIELDS:
         _mend_consecutive(config, names, kept, changes)
@@ -180,7 +156,9 @@ def cache_depth(config: Any) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
-def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side: str | None) -> None:
+def _mend_lists(
+    config: Any, depth: int, kept: list[int], changes: Changes, side: str | None, meanings: Meanings
+) -> None:
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
             continue
@@ -192,8 +170,8 @@ def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side
             changes.set(config, name, sum(old < value for old in kept))
         elif name in TRAILING_COUNT_FIELDS and value is not None:
             changes.set(config, name, sum(old >= depth - value for old in kept))
-        elif isinstance(value, (list, tuple)) and len(value) == depth:
-            changes.set(config, name, type(value)(value[i] for i in kept))
+        elif meanings.possible(value) and (reading := meanings.reading(name, value, kept)) is not None:
+            apply(reading, changes)
 
 
 def _mend_consecutive(config: Any, names: Sequence[str], kept: list[int], changes: Changes) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.layers.experts import ExpertMatrix, ExpertSet
-from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.changes import Changes
 from hf_cod.layers.stack import DecoderLayers
 
 # (experts, ...) -> the same for the kept ones: what stands in place of an index, when experts are merged.

@@ -21,7 +21,7 @@ from hf_cod.layers.expert_counts import counts_experts, is_top_k
 from hf_cod.layers.expert_discovery import expert_sets, listed_experts
 from hf_cod.layers.experts import ExpertSet
 from hf_cod.layers.modules import walk
-from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.changes import Changes
 from hf_cod.layers.removal.expert_cuts import Cut, Mixing, find_cuts, mix_listed
 from hf_cod.layers.removal.rebuilding import differences, rebuilt_from_config
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers

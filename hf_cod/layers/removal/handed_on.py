@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.changes import Changes
 from hf_cod.layers.removal.wording import Wording, wording_of
 
 # Fields that mean the state after a layer, counted from 0; a negative number is none.

@@ -29,9 +29,14 @@ ROUNDINGS = 16
 
 
 class IndexReads:
-    """Which kinds of layers read their index, found when the first layer of each kind runs."""
+    """Which kinds of layers read their index, found when the first layer of each kind runs.
+
+    Attributes:
+        names: what they read.
+    """
 
     def __init__(self) -> None:
+        self.names: set[str] = set()
         self._kinds: dict[tuple[type, ...], bool] = {}
 
     def computed(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[Place, Tensor]:
@@ -46,10 +51,14 @@ class IndexReads:
         with suppress(Exception):  # whatever a layer raises that misses the states of other layers
             with recorded_reads(layer, read) if kind not in self._kinds else ExitStack():
                 returned = _run(layer, args, kwargs)
-            self._kinds.setdefault(kind, bool(read))
+            self._learn(kind, read)
             return {at: t.cpu() for at, t in tensors_of(returned)} if self._kinds[kind] else {}
-        self._kinds.setdefault(kind, bool(read))
+        self._learn(kind, read)
         return {}
+
+    def _learn(self, kind: tuple[type, ...], read: set[str]) -> None:
+        self._kinds.setdefault(kind, bool(read))
+        self.names |= read
 
 
 def check_computed(
@@ -111,9 +120,9 @@ def recorded_reads(layer: nn.Module, read: set[str]) -> Iterator[None]:
     with ExitStack() as block:
         for config in configs.values():
             lists = (name for name, value in vars(config).items() if isinstance(value, (list, tuple)))
-            _watch(config, {*COUNT_FIELDS, *lists, *_properties(type(config))}, read, block)
+            watch(config, {*COUNT_FIELDS, *lists, *_properties(type(config))}, read, block)
         for module in modules:
-            _watch(module, {*LAYER_INDEX_ATTRIBUTES} & vars(module).keys(), read, block)
+            watch(module, {*LAYER_INDEX_ATTRIBUTES} & vars(module).keys(), read, block)
         yield
 
 
@@ -123,7 +132,7 @@ def _properties(kind: type) -> set[str]:
     return {name for name, _ in found if not hasattr(PreTrainedConfig, name)}
 
 
-def _watch(owner: Any, names: set[str], read: set[str], block: ExitStack) -> None:
+def watch(owner: Any, names: set[str], read: set[str], block: ExitStack) -> None:
     """Records reads of these attributes of an object until the end of `block`."""
     own: Any = type(owner)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.changes import Changes
 from hf_cod.layers.stack import DecoderLayers
 
 # Attribute of an attention module that hands on its keys and values.

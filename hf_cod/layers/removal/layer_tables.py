@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.layers.removal.config_surgery import Changes
-from hf_cod.layers.removal.outside import build_outside, changed_numbers
+from hf_cod.layers.removal.changes import Changes
+from hf_cod.layers.removal.outside import Place, build_outside, changed_settings, determined
 from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stack import DecoderLayers
 
@@ -28,14 +28,16 @@ class LayerTables:
         stack: the layers, of which `kept` (their old indices) are left.
         depth: the number of layers before.
         widths: name of a table -> its output channels for each layer.
-        numbers: (name of a module, attribute) -> the number for the kept layers.
+        settings: (name of a module, attribute) -> the number or list for the kept layers.
+        determined: the attributes of modules outside that are as the config says.
     """
 
     stack: DecoderLayers
     kept: list[int]
     depth: int
     widths: dict[str, int] = field(default_factory=dict)
-    numbers: dict[tuple[str, str], int] = field(default_factory=dict)
+    settings: dict[Place, Any] = field(default_factory=dict)
+    determined: set[Place] = field(default_factory=set)
     _hooks: list[Any] = field(default_factory=list)
 
     @property
@@ -55,12 +57,12 @@ class LayerTables:
         return found
 
     def select(self, changes: Changes) -> None:
-        """Makes the tables return the blocks of the kept layers, and the numbers fit; no weight is copied.
+        """Makes the tables return the blocks of the kept layers, and the settings fit; no weight is copied.
 
         To be called when the stack is shortened.
         """
-        for (name, key), number in self.numbers.items():
-            changes.set(self.stack.model.get_submodule(name), key, number)
+        for (name, key), value in self.settings.items():
+            changes.set(self.stack.model.get_submodule(name), key, value)
         for name, module in self._modules():
             handle = module.register_forward_hook(_selecting(self.depth, self.widths[name], self.kept))
             changes.call(handle.remove)
@@ -130,8 +132,8 @@ def find_layer_tables(stack: DecoderLayers, kept: list[int], mend: Callable[[Cha
     finally:
         trial.undo()
     widths = _widths(before.channels, after.channels, len(stack), len(kept))
-    numbers = changed_numbers(stack.model, before, after, widths)
-    return LayerTables(stack, kept, len(stack), widths, numbers)
+    settings = changed_settings(stack.model, before, after, len(stack), kept, widths)
+    return LayerTables(stack, kept, len(stack), widths, settings, determined(stack.model, before, widths))
 
 
 def _widths(before: dict[str, int], after: dict[str, int], depth: int, left: int) -> dict[str, int]:

@@ -122,6 +122,11 @@ class MarkedRuns:
         return any(run is not None and any(run.given) for run in self._before)
 
     @property
+    def read(self) -> set[str]:
+        """Names of what layers read while they run: their index, and counts and lists of their config."""
+        return self._reads.names
+
+    @property
     def channels(self) -> dict[str, int]:
         """Name of a watched module -> its output channels; those that ran on no input are missing."""
         return {name: size for run in self._before if run is not None for name, size in run.channels.items()}

@@ -1,9 +1,9 @@
-"""What a model has outside of its layers by its config: output channels of matrices and tables, and plain numbers."""
+"""What a model has outside of its layers by its config: output channels of matrices and tables, and plain settings."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,11 @@ from torch import nn
 
 from hf_cod.layers.stack import DecoderLayers
 
+Place = tuple[str, str]
+"""Name of a module, and of its attribute."""
+# Attributes of the present mode of a module, which no config determines.
+MODES = ("training", "gradient_checkpointing")
+
 
 @dataclass(frozen=True)
 class Outside:
@@ -19,11 +24,11 @@ class Outside:
 
     Attributes:
         channels: name of an embedding or Linear -> its output channels.
-        numbers: (name of a module, attribute) -> a whole number.
+        settings: (name of a module, attribute) -> a number, string, list or dictionary of such.
     """
 
     channels: dict[str, int]
-    numbers: dict[tuple[str, str], int]
+    settings: dict[Place, Any]
 
 
 def build_outside(stack: DecoderLayers) -> Outside:
@@ -42,23 +47,62 @@ def build_outside(stack: DecoderLayers) -> Outside:
     modules = {name: m for name, m in built.named_modules() if not f"{name}.".startswith(inside)}
     channels = {name: m.embedding_dim for name, m in modules.items() if isinstance(m, nn.Embedding)}
     channels |= {name: m.out_features for name, m in modules.items() if isinstance(m, nn.Linear)}
-    numbers = {
-        (name, key): value
-        for name, module in modules.items()
-        for key, value in vars(module).items()
-        if type(value) is int and not key.startswith("_")
-    }
+    settings = {(name, key): value for name, module in modules.items() for key, value in plain_settings(module).items()}
     # A size that a model computes with tensors is one on the meta device, which has no value.
-    return Outside({name: size for name, size in channels.items() if isinstance(size, int)}, numbers)
+    return Outside({name: size for name, size in channels.items() if isinstance(size, int)}, settings)
 
 
-def changed_numbers(
-    model: nn.Module, before: Outside, after: Outside, excluded: Container[str]
-) -> dict[tuple[str, str], int]:
-    """The numbers of a model that a changed config builds otherwise; those of `excluded` modules are left out."""
-    own, found = dict(model.named_modules()), {}
-    for (name, key), number in before.numbers.items():
-        now = after.numbers.get((name, key))
-        if now not in (None, number) and name in own and name not in excluded and vars(own[name]).get(key) == number:
-            found[name, key] = now
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are numbers, strings, or lists and dictionaries of such."""
+    own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in MODES}
+    return {key: value for key, value in own.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(each) for pair in value.items() for each in pair)
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def determined(model: nn.Module, before: Outside, excluded: Container[str]) -> set[Place]:
+    """The settings that a model has as its config says; others it has changed itself. Without those of `excluded`."""
+    own = {name: vars(module) for name, module in model.named_modules() if name not in excluded}
+    return {
+        (name, key)
+        for (name, key), value in before.settings.items()
+        if name in own and key in own[name] and own[name][key] == value
+    }
+
+
+def changed_settings(
+    model: nn.Module, before: Outside, after: Outside, depth: int, kept: Sequence[int], excluded: Container[str]
+) -> dict[Place, Any]:
+    """What numbers and lists by layer of a model become where a changed config builds others; those of `excluded`
+    modules are left out.
+
+    Args:
+        model: the model before the change.
+        before: what its config builds.
+        after: what the changed config builds.
+        depth: its number of layers.
+        kept: the layers of the changed model, by their old indices.
+        excluded: names of modules.
+    """
+    found: dict[Place, Any] = {}
+    for name, key in determined(model, before, excluded):
+        mine, other = before.settings[name, key], after.settings.get((name, key))
+        if mine == other:
+            continue
+        if type(mine) is int and type(other) is int:
+            found[name, key] = other
+        elif _is_by_layer(mine, depth) and _is_by_layer(other, len(kept)):
+            found[name, key] = type(mine)(mine[old] for old in kept)
+        elif _is_by_layer(mine, depth + 1) and _is_by_layer(other, len(kept) + 1):  # the stages of a backbone
+            found[name, key] = other
     return found
+
+
+def _is_by_layer(value: Any, depth: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == depth

@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from hf_cod.layers.modules import walk
-from hf_cod.layers.removal.config_surgery import Changes, building_errors
+from hf_cod.layers.removal.changes import Changes
+from hf_cod.layers.removal.config_surgery import building_errors
+from hf_cod.layers.removal.layer_tables import LayerTables
+from hf_cod.layers.removal.outside import plain_settings
 from hf_cod.layers.removal.wording import Wording
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import inside_another, module_lists
 
-# Attributes of the present mode of a module, which no config determines.
-MODES = ("training", "gradient_checkpointing")
 
-
-def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]], wording: Wording) -> None:
+def check_config_builds(stack: DecoderLayers, tables: LayerTables, wording: Wording) -> None:
     """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model.
 
     Args:
         stack: the kept layers.
-        cut: name -> shape of the weights outside of them that will be cut.
+        tables: what depends on the number of layers outside of them.
         wording: of errors.
     """
     with building_errors(stack.model, wording):
@@ -36,7 +36,8 @@ def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]
             f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
             f"got one that would build {len(rebuilt)} instead of {len(stack)}; use {wording.temporary}"
         )
-    _check_outside(stack, rebuilt, cut, wording)
+    _check_outside(stack, rebuilt, tables.shapes, wording)
+    _check_settings(stack, rebuilt, tables, wording)
     for index, found in enumerate(_by_layer(stack, rebuilt)):
         told = next(found, None)
         if told:
@@ -54,6 +55,10 @@ def _way_out(told: Difference, index: int, stack: DecoderLayers, rebuilt: Decode
     mine, others = (_values(layers, told.place) for layers in (stack, rebuilt))
     if told.other in mine:
         return f"{wording.verb} whole periods of the pattern of layers"
+    if told.other is None and not others:
+        return f"no layer that it builds has that, so {wording.by_number}"
+    if told.other is None or told.mine is None:
+        return f"keep the layers {'without' if told.other is None else 'with'} {told.place}"
     if type(told.other) not in (int, float):
         return f"keep the layers in which it is {told.other!r}"
     if {*mine} == {told.mine} and {*others} == {told.other}:
@@ -147,6 +152,20 @@ def _check_outside(
             )
 
 
+def _check_settings(stack: DecoderLayers, rebuilt: DecoderLayers, tables: LayerTables, wording: Wording) -> None:
+    """Checks the plain settings outside of the layers that the config determines, such as lists by layer."""
+    own, built = dict(stack.model.named_modules()), dict(rebuilt.model.named_modules())
+    for name, key in sorted(tables.determined):
+        if name in own and name in built:
+            mine, other = (plain_settings(modules[name]).get(key) for modules in (own, built))
+            if not _equal(mine, other):
+                raise ValueError(
+                    f"layers: expected settings outside of the layers that the config of {type(stack.model).__name__} "
+                    f"can describe, got {f'{name}.{key}'.lstrip('.')} = {mine!r}, which would be {other!r} for the "
+                    f"{wording.layers}s; use {wording.temporary}"
+                )
+
+
 @dataclass(frozen=True)
 class Difference:
     """A weight or plain setting in which two layers differ; reads as a sentence.
@@ -174,7 +193,7 @@ def differences(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -
             continue
         here = _description(mine[name]) if name in mine else {}
         there = _description(other[name]) if name in other else {}
-        for key in here.keys() | there.keys():
+        for key in dict.fromkeys([*here, *there]):
             if not _equal(here.get(key), there.get(key)):
                 yield Difference(f"{name}.{key}", here.get(key), there.get(key))
         kinds = (_kind(mine.get(name)), _kind(other.get(name)))
@@ -199,19 +218,17 @@ def returns_input(module: nn.Module | None) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Computed numbers are rounded."""
+    """Computed numbers are rounded, and a list read from a file may be a tuple."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
     both = type(one) is float and type(other) is float
     return math.isclose(one, other, rel_tol=1e-12) if both else bool(one == other)
 
 
 def _description(module: nn.Module) -> dict[str, Any]:
-    """Shapes of a module's own floating-point weights, and its plain settings."""
+    """Shapes of a module's own floating-point weights, and its plain settings but for what is None."""
     weights = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    settings = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key not in MODES and not key.startswith("_")
-    }
+    settings = {key: value for key, value in plain_settings(module).items() if value is not None}
     return {**settings, **weights}
 
 

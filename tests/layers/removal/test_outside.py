@@ -2,7 +2,7 @@ import torch
 
 from examples.tiny_architectures import build
 from hf_cod import drop, find_decoder_layers, skip
-from hf_cod.layers.removal.outside import build_outside, changed_numbers
+from hf_cod.layers.removal.outside import build_outside, changed_settings
 
 NUMBER = ("model", "first_kv_shared_layer_idx")
 
@@ -17,7 +17,7 @@ def test_the_config_says_what_depends_on_the_number_of_layers():
     tables = {name for name, channels in before.channels.items() if after.channels[name] != channels}
     assert tables == {"model.embed_tokens_per_layer", "model.per_layer_model_projection"}
     assert {after.channels[name] for name in tables} == {2 * 8}
-    assert changed_numbers(model, before, after, tables) == {NUMBER: 2}
+    assert changed_settings(model, before, after, 4, [2, 3], tables) == {NUMBER: 2}
     assert build_outside(find_decoder_layers(model)) == before
 
 

@@ -99,6 +99,16 @@ def test_the_way_out_is_one(kind, removed, way):
         drop(model, kept)
 
 
+def test_the_way_out_where_a_built_layer_lacks_something():
+    model = classifier()
+    with pytest.raises(ValueError, match=r"attn_norm.* would be None\); keep the layers without layer.attn_norm"):
+        drop(model, 0)
+    for layer in model.model.layers:
+        layer.mark = 8
+    with pytest.raises(ValueError, match=r"mark is 8, would be None\); no layer that it builds has that, so none"):
+        drop(model, 4)
+
+
 class Limit(torch.nn.Module):
     def __init__(self, most):
         super().__init__()
