@@ -8,7 +8,6 @@ other layers builds another model (transformers issue 30508).
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.capturing import capturing_restored
@@ -41,7 +39,8 @@ from hf_cod.layers.removal.key_sharing import SHARING_MODES, check_sources, mend
 from hf_cod.layers.removal.layer_tables import LayerTables, find_layer_tables
 from hf_cod.layers.removal.list_readings import check_readings, settle
 from hf_cod.layers.removal.marked_runs import MarkedRuns
-from hf_cod.layers.removal.outside import MODES, build_outside
+from hf_cod.layers.removal.ordered_layers import hand_on, layers_of, repetitions
+from hf_cod.layers.removal.outside import build_outside
 from hf_cod.layers.removal.rebuilding import check_config_builds, scale_numbers
 from hf_cod.layers.removal.wording import wording_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -104,7 +103,7 @@ def arrange(model: nn.Module, ordering: Ordering, layers_path: str | None) -> li
         if tables.widths:
             tables.cut(changes)
             runs.check()
-        for new in _repetitions(order):
+        for new in repetitions(order):
             own_weights(stack[new])
     except BaseException:
         changes.undo()
@@ -200,13 +199,13 @@ def _arrange(
     check_attended(stack, order)
     check_sources(stack.config, order)
     modes = sharing_modes(stack.config)
-    layers, depth, called = _layers_of(stack, order), len(stack), stack.name  # found by the length of the whole stack
+    layers, depth, called = layers_of(stack, order), len(stack), stack.name  # found by the length of the whole stack
     tables = find_layer_tables(stack, order, partial(_mend_configs, stack, order, depth, called))
     runs = MarkedRuns(stack, order, [*tables.widths])
     if runs.possible and runs.channels != tables.channels:
         tables = replace(tables, widths={})  # a table that does not run may have its blocks in any order
     computed = {} if stack.config is None else derived_lists(stack.config, depth)
-    _hand_on(stack, order, changes)
+    hand_on(stack, order, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(order, layers, strict=True)):
         for module in layer.modules():
@@ -235,10 +234,6 @@ def _mend_configs(stack: DecoderLayers, order: list[int], depth: int, called: st
         mend_features(whole, depth, order, changes)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, order))
-    overrides = getattr(whole, "layer_overrides", None)
-    if overrides:
-        kept = {str(new): overrides[str(old)] for new, old in enumerate(order) if str(old) in overrides}
-        changes.set(whole, "layer_overrides", kept)
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:
@@ -254,61 +249,6 @@ def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes)
                 unknown[name].copies.append(module)
             else:
                 changes.set(module, name, now)
-
-
-def _hand_on(stack: DecoderLayers, order: list[int], changes: Changes) -> None:
-    """Moves what only the first layer has to the layer that becomes the first.
-
-    All layers of T5 use the position biases that the first one computes from its table. A first layer that lacks
-    something that the others have is of another kind, and nothing is moved.
-    """
-    if order[0] == 0:
-        return
-    first, heir = (dict(stack[i].named_modules()) for i in (0, order[0]))
-    if any(name not in first or type(first[name]) is not type(module) for name, module in heir.items()):
-        return
-    for name, parent, child in _only_in_first(stack):
-        if parent in heir:
-            changes.set(heir[parent], "_modules", {**heir[parent]._modules, child: first[name]})
-            for key, value in vars(first[parent]).items():
-                if isinstance(value, bool) and key not in MODES and vars(heir[parent]).get(key) is (not value):
-                    changes.set(heir[parent], key, value)
-
-
-def _only_in_first(stack: DecoderLayers) -> list[tuple[str, str, str]]:
-    """The modules that only the first layer has: (name, that of the module around it, its name there)."""
-    elsewhere = {name for layer in [*stack][1:] for name, _ in layer.named_modules()}
-    only = [name for name, _ in stack[0].named_modules() if name not in elsewhere]
-    split = [(name, *name.rpartition(".")) for name in only]
-    return [(name, parent, child) for name, parent, _, child in split if parent in elsewhere]
-
-
-def _layers_of(stack: DecoderLayers, order: list[int]) -> list[nn.Module]:
-    """The layers in this order; those that occur several times are copies, which have their weights in common."""
-    again = _repetitions(order)
-    return [_copy_of(stack, old) if new in again else stack[old] for new, old in enumerate(order)]
-
-
-def _repetitions(order: list[int]) -> set[int]:
-    """The places in an order at which a layer occurs again."""
-    return {new for new, old in enumerate(order) if old in order[:new]}
-
-
-def _copy_of(stack: DecoderLayers, index: int) -> nn.Module:
-    """A layer with the weights, buffers and configs of another one, but with modules of its own. A copy of the first
-    layer lacks what only the first one has, and gets it from there, as all others do."""
-    layer: nn.Module = stack[index]
-    kept: list[Any] = [*layer.parameters(), *layer.buffers()]
-    kept += [v for m in layer.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
-    made = copy.deepcopy(layer, {id(thing): thing for thing in kept})
-    if index == 0 and len(stack) > 1:
-        own, other = dict(made.named_modules()), dict(stack[1].named_modules())
-        for _, parent, child in _only_in_first(stack):
-            if parent in other:
-                del own[parent]._modules[child]
-                flags = {key: on for key, on in vars(other[parent]).items() if type(on) is bool and key not in MODES}
-                own[parent].__dict__.update(flags)
-    return made
 
 
 def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, order: list[int]) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def changed_settings(
             found[name, key] = other
         elif _is_by_layer(mine, depth) and _is_by_layer(other, len(kept)):
             found[name, key] = type(mine)(mine[old] for old in kept)
-        elif _is_by_layer(mine, depth + 1) and _is_by_layer(other, len(kept) + 1):  # by state, as a backbone's widths
-            found[name, key] = type(mine)((mine[0], *(mine[old + 1] for old in kept)))
+        elif _is_by_layer(mine, depth + 1) and _is_by_layer(other, len(kept) + 1):  # the stages of a backbone
+            found[name, key] = other
     return found
 
 
