@@ -233,7 +233,13 @@ def clip():
 
 def clap():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
-    sound = {"patch_embeds_hidden_size": 16, "hidden_size": 32, "depths": [1, 1], "num_attention_heads": [2, 2]}
+    sound = {
+        "patch_embeds_hidden_size": 16,
+        "hidden_size": 32,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+    }
     text = {**sizes, "num_hidden_layers": 3, "vocab_size": 99}
     return ClapModel(ClapConfig(text_config=text, audio_config=sound)).eval()
 
