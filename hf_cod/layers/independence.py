@@ -120,6 +120,7 @@ def check_last_state(stack: DecoderLayers, field: str, batches: Sequence[Batch] 
         )
 
 
+_AT_RANDOM = "the model draws random numbers in eval mode: two forward passes on the same input differ"
 _SHARING = "num_kv_shared_layers > 0"
 
 
@@ -162,8 +163,16 @@ def _first_dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, st
                 return layer, f"{type(error).__name__}: {one_line(str(error))[:150]}"
             distance = _distance(alone[0], states[layer + 1][0])
             if distance > TOLERANCE:  # not if it is NaN: forward passes name the layer where that begins
-                return layer, f"its output differs by {distance:.0%} of its largest value"
+                differs = f"its output differs by {distance:.0%} of its largest value"
+                return layer, _AT_RANDOM if _draws_numbers(stack, inputs, states) else differs
     return None
+
+
+def _draws_numbers(stack: DecoderLayers, inputs: Any, states: Sequence[State]) -> bool:
+    """Whether a second forward pass on the same inputs has other states than these."""
+    with layer_states(stack) as again:
+        stack.trunk(**inputs)
+    return any(_distance(one[0], other[0]) > TOLERANCE for one, other in zip(states, again, strict=True))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES, t
 # Inputs that replace a model's main input.
 _EMBEDDED = ("inputs_embeds", "encoder_outputs")
 _MAIN = ("input_ids", "inputs_embeds")
+# Inputs of a tower beside one of text.
+_SENSES = ("input_features", "input_values", "pixel_values")
 _TENSORS = (
     "input_ids",
     "inputs_embeds",
@@ -196,6 +199,9 @@ def _needed(model: Any) -> list[tuple[str, ...]]:
         return []
     if has_two_towers(model):
         return [("input_ids",), ("pixel_values",)]
+    read = tuple(name for name in _SENSES if name in inspect.signature(model.forward).parameters)
+    if read and hasattr(model, "get_text_features"):  # a tower of sound or video beside that of text
+        return [("input_ids",), read]
     return [(main, *_EMBEDDED)]
 
 

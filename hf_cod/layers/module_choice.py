@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from hf_cod.io.module_names import given_names, matching
+from hf_cod.layers.modules import is_linear_like, is_norm
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.stacks import named_stacks
+from hf_cod.layers.stacks import inside_another, module_lists, named_stacks
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,24 @@ def other_notes(stack: DecoderLayers, done: str) -> list[str]:
 
 def other_stacks(stack: DecoderLayers, done: str) -> list[str]:
     """A sentence for a report on each other stack of a model that has several; see `other_notes`."""
-    return [
+    named = {other.path: other for other in named_stacks(stack.model)}
+    notes = [
         f"the {other.depth} layers of {other.name!r} ({other.path}) are not {done}; stack={other.name!r} names them"
-        for other in named_stacks(stack.model)
+        for other in named.values()
         if other.path != stack.layers_path
     ]
+    lists = module_lists(stack.model)
+    for path, layers in lists.items():
+        around = f"{stack.layers_path}.".startswith(f"{path}.")
+        if path not in named and not around and not inside_another(path, lists) and _are_layers(layers):
+            notes.append(f"the {len(layers)} layers of {path} are not {done}; stack={path!r} names them")
+    return notes
+
+
+def _are_layers(modules: nn.ModuleList) -> bool:
+    """Whether several modules in a list each have matrices and a norm, as layers without a name do (V-JEPA 2)."""
+    inside = [[*module.modules()] for module in modules]
+    return len(inside) > 1 and all(any(map(is_linear_like, found)) and any(map(is_norm, found)) for found in inside)
 
 
 def by_place(names: Iterable[str]) -> list[str]:

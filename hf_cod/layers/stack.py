@@ -6,7 +6,6 @@ found by what they are and how they are used, not by their names.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections import Counter
@@ -29,6 +28,7 @@ from hf_cod.layers.layer_masks import mask_at
 from hf_cod.layers.modules import is_linear_like, is_norm, walk
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stacks import DECODER, ENCODER, TEXT, counting_config, named_stacks, path_of_stack, side_of
+from hf_cod.layers.trunk import trunk_of
 from hf_cod.layers.weights import weight_of
 
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
@@ -244,12 +244,7 @@ class DecoderLayers(Sequence):
     @property
     def trunk(self) -> Any:
         """The module whose forward runs the layers on the model's inputs without the head, if there is one."""
-        base: Any = getattr(self.model, "base_model", self.model)
-        read, given = (inspect.signature(module.forward).parameters for module in (base, self.model))
-        # The base of DINOv3 is its encoder, which takes embeddings; that of TimesFM requires what its head makes.
-        required = (p for p in read.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
-        others = any(p.name not in given for p in required)
-        return self.model if others or getattr(self.model, "main_input_name", "input_ids") not in read else base
+        return trunk_of(self.model, self.module_list)
 
     @property
     def task_heads(self) -> dict[str, nn.Module]:

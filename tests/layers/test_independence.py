@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViltConfig, ViltForQuestionAnswering
 
 from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
@@ -199,3 +199,14 @@ def test_measures_that_start_in_the_middle_refuse_a_model_that_reads_earlier_sta
 def _probe(kind, model, batch, *more):
     stack = find_decoder_layers(model, "vision")
     return kind(stack, find_metric(None, task_of(model, [batch])), *more, [batch])
+
+
+def test_models_that_draw_random_numbers_are_named_as_such():
+    """ViLT chooses patches at random in each forward pass."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model = ViltForQuestionAnswering(ViltConfig(vocab_size=99, image_size=16, patch_size=4, **sizes)).eval()
+    ids = torch.randint(5, 99, (2, 6))
+    batch = {"input_ids": ids, "token_type_ids": ids * 0, "pixel_values": torch.randn(2, 3, 16, 16)}
+    with pytest.raises(ValueError, match=r"layer_drop: .*\(the model draws random numbers in eval mode"):
+        score_layers(model, method="layer_drop", batches=[batch])

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ClapConfig,
+    ClapModel,
     CLIPConfig,
     CLIPModel,
     MusicgenForCausalLM,
@@ -229,6 +231,19 @@ def clip():
     return CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})).eval()
 
 
+def clap():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sound = {
+        "patch_embeds_hidden_size": 16,
+        "hidden_size": 32,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+    }
+    text = {**sizes, "num_hidden_layers": 3, "vocab_size": 99}
+    return ClapModel(ClapConfig(text_config=text, audio_config=sound)).eval()
+
+
 def t5():
     config = CONFIG_MAPPING["t5"](vocab_size=99, d_model=32, d_ff=48, num_heads=4, d_kv=8, num_layers=2)
     return AutoModelForSeq2SeqLM.from_config(config).eval()
@@ -359,3 +374,12 @@ def test_codes_of_codebooks_are_checked_in_each_table():
     for function in (narrow, factorize):
         with pytest.raises(ValueError, match=r"^model: expected a class that an Auto class loads, .* Musicgen"):
             function(of_codebooks(), 0.5, batches=[{"input_ids": ids(4, 9, least=0, most=64)}])
+
+
+@pytest.mark.parametrize("function", ["angular", "prune"])
+def test_text_alone_for_a_tower_of_text_beside_one_of_sound(function):
+    with pytest.raises(ValueError, match="batches: expected input_features for ClapModel, got input_ids"):
+        if function == "prune":
+            prune(clap(), 0.5, batches=[{"input_ids": ids(2, 6)}], stack="text")
+        else:
+            score_layers(clap(), method=function, batches=[{"input_ids": ids(2, 6)}], stack="text")

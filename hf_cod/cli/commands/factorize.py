@@ -181,7 +181,11 @@ class Factorize(Step):
 
         how = {name: getattr(self.settings, name) for name in ("factor_share", "expert_basis")}
         more = {"batches": work.calibration, "name": work.name, **how}
-        return factorize(work.model, plan, self.settings.method, **more, **self._chosen, **work.options)
+        report = factorize(work.model, plan, self.settings.method, **more, **self._chosen, **work.options)
+        if self.settings.score is None and plan.method == SPECTRUM:
+            why = f"{FISHER} requires the loss of a language model on samples"
+            report.notes.append(f"ranks are by {SPECTRUM}, the default here: {why}")
+        return report
 
     @property
     def _chosen(self) -> dict[str, Any]:

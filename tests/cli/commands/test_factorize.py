@@ -68,6 +68,7 @@ def test_factorize_follows_spectra_where_there_is_no_loss(checkpoint):
     quick = ["--no-baseline", "--no-plots"]
     assert factorize(checkpoint, "plain", "--method", "plain", *quick) == 0
     assert RunReport.load(checkpoint / "plain").settings["score"] == "spectrum"
+    assert "ranks are by spectrum, the default here: fisher requires" in RunReport.load(checkpoint / "plain").notes[-1]
     assert factorize(checkpoint, "whitened", *quick) == 0
     assert RunReport.load(checkpoint / "whitened").settings["score"] == "fisher"
     build("bert_headless").save_pretrained(checkpoint / "model")
