@@ -74,7 +74,7 @@ GROUPS = {
             "expert_basis",
         ),
         *("channel_multiple", "replacement", "protect", "times", "merge", "rounding", "block", "group_size"),
-        *("embedding_bits", "gguf"),
+        *("embedding_bits", "search_embedding", "gguf"),
         *("double_quant", "skip"),
         *("knobs", "n_verified"),
         *("recover_steps", "recover_rank", "recover_learning_rate"),
