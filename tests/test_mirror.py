@@ -130,7 +130,8 @@ TESTED_BY = {
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
     "layers/removal/test_arranging.py": (
-        "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py"
+        "layers/removal/cache.py layers/removal/changes.py layers/removal/config_surgery.py "
+        "layers/removal/ordered_layers.py layers/removal/rebuilding.py"
     ),
     "layers/test_experts.py": "layers/expert_counts.py layers/expert_discovery.py",
     "layers/test_expert_routing.py": "layers/expert_products.py",

@@ -34,7 +34,7 @@ class Reading:
     @property
     def ambiguous(self) -> bool:
         """Whether it may be a list of all indices, or one by layer."""
-        return self.unknown and increasing(self.before)
+        return self.unknown and increasing(self.before) and self.before[-1] < len(self.before)
 
 
 class Changes:

@@ -57,7 +57,7 @@ class Meanings:
             return Reading(self._config, name, value, [_moved(name, value, kept)], False)
         if not by_layer:
             return None
-        whole, indices = [*value], increasing(value)
+        whole, indices = [*value], increasing(value) and value[-1] < self._depth
         listed = [[new for new, old in enumerate(kept) if old in value]] if indices else []
         if follows:
             return Reading(self._config, name, value, [cut, *listed], False)

@@ -6,6 +6,7 @@ from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.layers.removal.index_reads import recorded_reads
 from hf_cod.layers.removal.repeat import check_repeat
 from tests.layers.removal.test_drop import output, snapshot
 from tests.references import without_layer
@@ -114,3 +115,11 @@ def test_a_compiled_layer_is_not_compiled_by_a_check():
 
 def _fails(*_):
     raise AssertionError("compiled")
+
+
+def test_reads_are_named():
+    layer, read = llama(ByList).model.layers[2], set()
+    kinds = [type(module) for module in layer.modules()]
+    with recorded_reads(layer, read):
+        assert layer.self_attn.factor() == 1
+    assert read == {"layer_idx", "special_layers"} and [type(module) for module in layer.modules()] == kinds

@@ -15,6 +15,7 @@ from transformers import (
 
 from examples.tiny_architectures import tiny_config
 from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.layers.removal.list_readings import Meanings
 from hf_cod.layers.removal.repeat import repeat
 from tests.layers.removal.test_drop import dropped, output, snapshot
 from tests.tiny_models import build
@@ -160,3 +161,10 @@ def test_settings_outside_of_the_layers_that_a_reload_would_change_are_refused()
     model = Outside(LlamaConfig(**SIZES, num_hidden_layers=4)).eval()
     with pytest.raises(ValueError, match=r"^layers: expected settings outside of the layers .* got shares = \{'first'"):
         drop(model, 0)
+
+
+def test_the_class_of_a_config_tells():
+    meanings = Meanings(molmo(None).config, ["num_hidden_layers"], 4, ())
+    assert meanings.reading("rope_scaling_layers", [0, 1, 2, 3], [1, 3]).values == [[0, 1]]
+    assert meanings.reading("nobody_knows", [5, 6, 7, 8], [1, 3]).values == [[6, 8], [5, 6, 7, 8]]
+    assert meanings.reading("nobody_knows", [1, 3], [1, 3]) is None
