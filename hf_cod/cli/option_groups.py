@@ -51,7 +51,6 @@ GROUPS = {
         "per_module",
         "granularity",
         "search_passes",
-        "search_embedding",
         "target",
         "pruner",
         "spread",

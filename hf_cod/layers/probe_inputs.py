@@ -53,7 +53,7 @@ def _first_sample(model: Any, batch: dict[str, Any], tokens: int) -> dict[str, A
 def _first_tokens(model: Any, ids: Tensor, tokens: int) -> Tensor:
     """Those of the first sample, with its end token in the last place, which some classifiers read (BART)."""
     cut = ids[:1, ..., :tokens]
-    known = getattr(model.config, "eos_token_id", None)
+    known = getattr(getattr(model, "config", None), "eos_token_id", None)
     ends = torch.tensor([known] if isinstance(known, int) else known or [], device=ids.device)
     found = ids[:1][torch.isin(ids[:1], ends)]
     if len(found) and not torch.isin(cut, ends).any():
