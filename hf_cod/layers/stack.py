@@ -225,13 +225,17 @@ class DecoderLayers(Sequence):
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm after the last layer: a direct child of one of the stack's ancestors. None for Post-LN models."""
-        parts = self.layers_path.split(".")
+        """The norm after the last layer: a direct child of one of the stack's ancestors. None for Post-LN models.
+
+        Gemma 3n has one of narrower states beside it.
+        """
+        parts, width = self.layers_path.split("."), getattr(self.config, "hidden_size", None)
         for depth in range(len(parts) - 1, -1, -1):
             ancestor = self.model.get_submodule(".".join(parts[:depth]))
             norms = [child for child in ancestor.children() if is_norm(child)]
+            own = [norm for norm in norms if width in (None, *getattr(getattr(norm, "weight", None), "shape", ()))]
             if norms:
-                return norms[-1]
+                return (own or norms)[-1]
         return None
 
     @property

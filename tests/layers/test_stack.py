@@ -4,6 +4,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import find_decoder_layers, plan_bits, score_layers
 from tests.tiny_models import CAUSAL, FAMILIES, build
 
@@ -54,6 +55,11 @@ def test_experts_are_found_as_banks():
 def test_final_norm(family):
     norm = find_decoder_layers(build(family)).final_norm
     assert isinstance(norm, nn.Module) and "orm" in type(norm).__name__
+
+
+def test_a_norm_of_narrower_states_is_not_the_final_norm():
+    model = build_type("gemma3n_text")
+    assert find_decoder_layers(model).final_norm is model.model.norm
 
 
 def test_post_ln_has_no_final_norm():
