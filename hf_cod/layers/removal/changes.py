@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -49,9 +50,15 @@ class Changes:
         self._undo: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Assigns an attribute that exists."""
-        self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+        """Assigns an attribute that exists. One that the owner refuses is as before, so it is not undone."""
+        before = getattr(owner, name)
+        try:
+            setattr(owner, name, value)
+        except Exception:  # whatever a config raises for a value that it does not take, or that it only reads
+            with suppress(Exception):
+                setattr(owner, name, before)
+            raise
+        self._undo.append(partial(setattr, owner, name, before))
 
     def add(self, owner: Any, name: str, value: Any) -> None:
         """Assigns an attribute that the object itself does not have."""

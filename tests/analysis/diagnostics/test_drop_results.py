@@ -66,6 +66,10 @@ def test_a_block_of_layers_that_the_model_counts_otherwise():
     report = diagnose(model, metrics=["layer_drop"], batches=batches, layers_path=path, show_progress=False)
     first, second = report.layers["layer_drop"]
     assert first is None and math.isfinite(second)
+    refused = pytest.raises(ValueError, match=r"^layers: expected kept layers that the config of Funnel")
+    with refused, skip(model, 0, path):
+        pass
+    assert list(model.config.block_sizes) == [2, 2] and len(find_decoder_layers(model, path)) == 2
 
 
 def test_scores_take_it_for_the_one_that_matters_most(caplog):
