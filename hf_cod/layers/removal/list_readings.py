@@ -61,8 +61,9 @@ class Meanings:
         listed = [[new for new, old in enumerate(kept) if old in value]] if indices else []
         if follows:
             return Reading(self._config, name, value, [cut, *listed], False)
-        if known and not indices:
-            return Reading(self._config, name, value, [whole, cut], False)
+        if known and not indices:  # one of another length than the class makes was given for these layers (Reformer)
+            usual = len(lists[0]) == len(value)
+            return Reading(self._config, name, value, [whole, cut] if usual else [cut, whole], False)
         return Reading(self._config, name, value, [*listed, cut, whole], True)
 
     def _others(self) -> list[Any]:

@@ -101,7 +101,13 @@ def changed_settings(
             found[name, key] = type(mine)(mine[old] for old in kept)
         elif _is_by_layer(mine, depth + 1) and _is_by_layer(other, len(kept) + 1):  # the stages of a backbone
             found[name, key] = other
+        elif _are_kinds(mine) and _are_kinds(other) and {*other} < {*mine}:  # the last layer of its kind is gone
+            found[name, key] = other
     return found
+
+
+def _are_kinds(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
 
 
 def _is_by_layer(value: Any, depth: int) -> bool:

@@ -13,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
 from hf_cod import drop, find_decoder_layers, skip
 from hf_cod.layers.removal.list_readings import Meanings
@@ -168,3 +169,11 @@ def test_the_class_of_a_config_tells():
     assert meanings.reading("rope_scaling_layers", [0, 1, 2, 3], [1, 3]).values == [[0, 1]]
     assert meanings.reading("nobody_knows", [5, 6, 7, 8], [1, 3]).values == [[6, 8], [5, 6, 7, 8]]
     assert meanings.reading("nobody_knows", [1, 3], [1, 3]) is None
+
+
+def test_a_list_of_another_length_than_that_of_the_class_is_by_layer():
+    """Reformer's kinds of attention, of which the class has six whatever the number of layers is."""
+    model = build_type("reformer")
+    assert model.config.attn_layers == ["local", "lsh"] * 2
+    repeat(model, 1, 2)
+    assert model.config.attn_layers == ["local", "lsh", "lsh", "local", "lsh"]

@@ -32,3 +32,17 @@ def test_a_number_that_the_model_itself_has_changed_is_left_alone():
     model.model.first_kv_shared_layer_idx = 9
     drop(model, 1)
     assert model.model.first_kv_shared_layer_idx == 9
+
+
+def test_kinds_of_layers_that_are_gone_are_gone_outside_of_them_too(tmp_path):
+    """Beam has rotary positions for each kind of its layers."""
+    model = build("beam")
+    assert model.config.layer_types.count("full_attention") == 1 and model.config.layer_types[3] == "full_attention"
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    with torch.no_grad(), skip(model, 3):
+        expected = model(**ids).logits
+    drop(model, 3)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for found in (model, type(model).from_pretrained(tmp_path).eval()):
+            assert torch.equal(found(**ids).logits, expected)
