@@ -213,7 +213,7 @@ def test_the_default_score_follows_the_rounding():
 
 def test_bits_that_no_mixture_has_are_refused_before_anything_is_measured(model, tmp_path, capsys, monkeypatch):
     def forward(self, input_ids, **rest):
-        if input_ids.shape[1] > 8:
+        if tuple(input_ids.shape) not in ((1, 8), (1, 40)):
             pytest.fail("measured already")
         raise RuntimeError("a few tokens, to find out what forward does, are no measurement")
 
