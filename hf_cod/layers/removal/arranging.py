@@ -234,6 +234,10 @@ def _mend_configs(stack: DecoderLayers, order: list[int], depth: int, called: st
         mend_features(whole, depth, order, changes)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, order))
+    overrides = getattr(whole, "layer_overrides", None)
+    if overrides:
+        kept = {str(new): overrides[str(old)] for new, old in enumerate(order) if str(old) in overrides}
+        changes.set(whole, "layer_overrides", kept)
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:
