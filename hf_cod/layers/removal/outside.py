@@ -99,11 +99,19 @@ def changed_settings(
             found[name, key] = other
         elif _is_by_layer(mine, depth) and _is_by_layer(other, len(kept)):
             found[name, key] = type(mine)(mine[old] for old in kept)
-        elif _is_by_layer(mine, depth + 1) and _is_by_layer(other, len(kept) + 1):  # the stages of a backbone
-            found[name, key] = other
-        elif _are_kinds(mine) and _are_kinds(other) and {*other} < {*mine}:  # the last layer of its kind is gone
+        elif (_are_stages(mine, depth) and _are_stages(other, len(kept))) or _is_kind_less(mine, other):
             found[name, key] = other
     return found
+
+
+def _are_stages(value: Any, depth: int) -> bool:
+    """Whether a list is that of a backbone, which begins with its input."""
+    return _is_by_layer(value, depth + 1)
+
+
+def _is_kind_less(value: Any, other: Any) -> bool:
+    """Whether the last layer of its kind is gone from a list of kinds."""
+    return _are_kinds(value) and _are_kinds(other) and {*other} < {*value}
 
 
 def _are_kinds(value: Any) -> bool:
