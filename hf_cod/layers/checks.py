@@ -157,7 +157,10 @@ def _check_plain(name: str, weight: Any) -> None:
     check_unfactored(name, weight)
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
         kind = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
-        raise ValueError(f"model: expected plain floating-point weights, got {kind} in {name}; prune before quantizing")
+        raise ValueError(
+            f"model: expected plain floating-point weights, got {kind} in {name}; use the model from before it was "
+            "quantized"
+        )
     check_weight_in_memory(name, weight)
 
 
