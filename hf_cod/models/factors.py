@@ -157,13 +157,13 @@ class LowRankExperts(ExpertParameter):
         """x times the transpose of one factor of an expert; `stored` is what `forward` returned of it."""
         own = getattr(self, name)
         if isinstance(own, ExpertParameter):
-            return own.product(stored, x, min(expert, own.experts - 1))
+            return own.product(stored, x, 0 if own.experts == 1 else expert)
         return nn.functional.linear(x, self._read(name, stored, expert, x.dtype))
 
     def _read(self, name: str, stored: Any, expert: int, dtype: torch.dtype) -> Tensor:
         own = getattr(self, name)
         if isinstance(own, ExpertParameter):
-            return own.decoded(stored, min(expert, own.experts - 1), dtype)
+            return own.decoded(stored, 0 if own.experts == 1 else expert, dtype)
         factor: Tensor = stored if stored.dim() == 2 else stored[expert]
         return factor.to(dtype)
 

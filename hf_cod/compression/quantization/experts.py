@@ -23,8 +23,8 @@ class QuantizedExperts(ExpertParameter):
     | weight | (bytes,) uint8 | codes: of the experts of four bits, then of those of three, both in order |
     | scales | (E, ...) | `BlockScales` of each expert |
 
-    A product decodes at most one matrix. For few tokens, codes are multiplied directly (`product.py`); on CUDA those of
-    all experts in one launch, for any number of tokens.
+    A product decodes at most one matrix. For few tokens, codes are multiplied directly (`product.py`); on CUDA, without
+    gradients, those of all experts in one launch, for any number of tokens.
 
     Args:
         shape, experts, transposed, place, dtype: see `ExpertParameter`.
