@@ -118,5 +118,5 @@ def test_scores_and_statistics_of_a_mixed_model():
         torch.testing.assert_close(found.squares[name], squares, atol=1e-4, rtol=1e-4)
     mine, theirs = score_layers(model, found, threshold=3.0), score_layers(dense, expected, threshold=3.0)
     assert mine.values == pytest.approx(theirs.values, rel=1e-3) and mine.parameters == theirs.parameters
-    with pytest.raises(ValueError, match=r"model: expected plain floating-point weights, got .* use the model from before"):
+    with pytest.raises(ValueError, match=r"model: expected plain floating-point weights, got .* use the model"):
         prune(model, 0.5, "magnitude")
