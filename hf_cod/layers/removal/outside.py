@@ -110,7 +110,9 @@ def _are_stages(value: Any, depth: int) -> bool:
 
 
 def _is_kind_less(value: Any, other: Any) -> bool:
-    """Whether the last layer of its kind is gone from a list of kinds."""
+    """Whether the last layer of its kind is gone from a list of kinds, or from a dictionary by kind."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return len(other) < len(value) and all(key in value and value[key] == other[key] for key in other)
     return _are_kinds(value) and _are_kinds(other) and {*other} < {*value}
 
 

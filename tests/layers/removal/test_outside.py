@@ -1,6 +1,8 @@
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from examples.tiny_architectures import build
+from examples.tiny_architectures import Case, build
 from hf_cod import drop, find_decoder_layers, skip
 from hf_cod.layers.removal.outside import build_outside, changed_settings
 
@@ -34,10 +36,12 @@ def test_a_number_that_the_model_itself_has_changed_is_left_alone():
     assert model.model.first_kv_shared_layer_idx == 9
 
 
-def test_kinds_of_layers_that_are_gone_are_gone_outside_of_them_too(tmp_path):
-    """Beam has rotary positions for each kind of its layers."""
-    model = build("beam")
-    assert model.config.layer_types.count("full_attention") == 1 and model.config.layer_types[3] == "full_attention"
+@pytest.mark.parametrize("kind", ["beam", "gemma3_text"])
+def test_kinds_of_layers_that_are_gone_are_gone_outside_of_them_too(kind, tmp_path):
+    """Rotary positions for each kind of layers, in a list or in a dictionary and further attributes."""
+    config = Case(kind).config()
+    config.layer_types = ["sliding_attention"] * 3 + ["full_attention"]
+    model = AutoModelForCausalLM.from_config(config).eval()
     ids = {"input_ids": torch.arange(3, 11)[None]}
     with torch.no_grad(), skip(model, 3):
         expected = model(**ids).logits
