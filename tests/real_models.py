@@ -25,7 +25,7 @@ from hf_cod.io.models import ModelSettings, load_model
 
 @cache
 def benchmark(name: str):
-    """A module of examples/benchmarks, which lives as long as the process: llama.cpp keeps a function of libllama.py."""
+    """A module of examples/benchmarks. It lives as long as the process: llama.cpp keeps a function of libllama.py."""
     file = Path(__file__).parents[1] / "examples" / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
