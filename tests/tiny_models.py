@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     PreTrainedModel,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 from examples.tiny_architectures import tiny_config
@@ -179,3 +181,12 @@ def seq2seq_batch(model: Any) -> dict[str, Tensor]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :7].flip(1)}
     shape = (2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
     return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(2)), "decoder_input_ids": ids}
+
+
+def vit_mae():
+    """Three layers, and a decoder of two; the patches that it hides are random, or given by `noise`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    of_decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
+    images = {"image_size": 16, "patch_size": 4, "decoder_intermediate_size": 24}
+    return ViTMAEForPreTraining(ViTMAEConfig(**sizes, **of_decoder, **images)).eval()

@@ -189,7 +189,7 @@ def allocate(
     at most half a step of the largest layer. N:M keeps at least one weight of M in each layer.
 
     With scores of experts, there are two such plans with the same budget and interval: one of all experts of the model
-    by their scores, and one of what is left of each layer (attention, shared experts) by the scores of the layers.
+    by their scores, and one of the other weights of each layer (attention, shared experts) by the scores of the layers.
 
     Args:
         scores: from `score_layers`.

@@ -20,7 +20,7 @@ GRANULARITIES: dict[str, str] = {
 }
 # What has a value of a plan of its own; scores of experts are in addition to those of layers.
 EXPERT = "expert"
-PLAN_GRANULARITIES = GRANULARITIES | {EXPERT: "each expert of a mixture, and what is left of each layer"}
+PLAN_GRANULARITIES = GRANULARITIES | {EXPERT: "each expert of a mixture, and the other weights of each layer"}
 
 
 @dataclass(frozen=True)

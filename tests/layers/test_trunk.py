@@ -1,9 +1,10 @@
 """Layers that the base model does not run on the model's inputs, and stacks without a name."""
 
 import torch
-from transformers import TimesFmConfig, TimesFmModelForPrediction, ViTMAEConfig, ViTMAEForPreTraining
+from transformers import TimesFmConfig, TimesFmModelForPrediction
 
 from hf_cod import find_decoder_layers, prune, score_layers
+from tests.tiny_models import vit_mae
 
 
 def test_a_base_that_requires_what_its_head_makes_is_not_run_alone():
@@ -21,11 +22,7 @@ def test_a_base_that_requires_what_its_head_makes_is_not_run_alone():
 
 def test_a_stack_outside_of_the_base_is_noted_and_can_be_chosen():
     """ViT-MAE's decoder: the config counts both stacks, and neither has a name."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-    of_decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
-    images = {"image_size": 16, "patch_size": 4, "decoder_intermediate_size": 24}
-    model = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **of_decoder, **images)).eval()
+    model = vit_mae()
     batches = [{"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)}]
     path = "decoder.decoder_layers"
     report = prune(model, 0.5, batches=batches)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -151,7 +151,7 @@ class _Request:
     settings: DepthSettings
     show_progress: bool
 
-    @property
+    @cached_property
     def metric(self) -> Metric:
         """The metric of the model's task."""
         return find_metric(None, task_of_outputs(self.stack, self.batches))

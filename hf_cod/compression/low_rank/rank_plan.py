@@ -172,7 +172,7 @@ def _ranks_of_matrices(
 
 def _shares_of_listed(stack: DecoderLayers, allocation: LayerAllocation, basis: str) -> dict[str, float]:
     """The share of each matrix in a plan by expert, if each expert is a module of its own. The matrices of an expert,
-    and what is left of a layer, keep their share together, with those that are not factorized.
+    and the other weights of a layer, keep their share together, with those that are not factorized.
 
     Raises:
         ValueError: experts in a bank; a share that is too small, because of matrices that are not factorized.

@@ -9,8 +9,6 @@ bits, cut into four equal runs, are the B0..B3 to which planes of three bits exp
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +16,7 @@ from torch import Tensor
 
 from hf_cod.compression.quantization.product import Scales
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.compression.quantization.triton_kernel import scales_at
-from hf_cod.functional.codebook import CODEBOOKS
+from hf_cod.compression.quantization.triton_kernel import codebook, scales_at
 
 # Rows of W, and tokens, of a tile; the smaller number of tokens if experts have no more on average. Both are at least
 # the least size of the matrix units, 16.
@@ -66,7 +63,7 @@ def grouped_product(
         nested_absmax if double else absmax,
         offset if double else absmax,
         dynamic_code(codes.device) if double else absmax,
-        _nf4(codes.device),
+        codebook(4, codes.device),
         starts,
         ends,
         last_tiles,
@@ -95,11 +92,6 @@ def _tiles(ends: Tensor, tokens: int, size: int) -> tuple[Tensor, Tensor, Tensor
     most = tokens // size + min(tokens, len(ends))
     owners = torch.searchsorted(last_tiles, torch.arange(most, device=ends.device), right=True)
     return ends - counts, last_tiles, owners
-
-
-@cache
-def _nf4(device: torch.device) -> Tensor:
-    return torch.tensor(CODEBOOKS[4], device=device)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def product(
         nested_absmax if double else absmax,
         offset if double else absmax,
         dynamic_code(planes.device) if double else absmax,
-        _codebook(planes.device),
+        codebook(3, planes.device),
         out if bias is None else bias,
         out,
         T,
@@ -69,8 +69,9 @@ def product(
 
 
 @cache
-def _codebook(device: torch.device) -> Tensor:
-    return torch.tensor(CODEBOOKS[3], device=device)
+def codebook(bits: int, device: torch.device) -> Tensor:
+    """(2^bits,): the values of the codes."""
+    return torch.tensor(CODEBOOKS[bits], device=device)
 
 
 @triton.jit

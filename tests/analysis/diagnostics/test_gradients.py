@@ -3,11 +3,10 @@ import math
 import pytest
 import torch
 from accelerate import disk_offload
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_cod import diagnose, find_decoder_layers, score_layers
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
-from tests.tiny_models import CAUSAL, batch_for, build
+from tests.tiny_models import CAUSAL, batch_for, build, vit_mae
 
 
 def reference(model, batches):
@@ -112,11 +111,7 @@ def test_refusals(tmp_path):
 
 def test_models_that_make_a_loss_without_labels():
     """ViT-MAE makes its own targets; it hides patches at random, or by `noise`."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-    of_decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
-    images = {"image_size": 16, "patch_size": 4, "decoder_intermediate_size": 24}
-    model = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **of_decoder, **images)).eval()
+    model = vit_mae()
     batch = {"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)}
     model(**batch).loss.backward()
     squares = [sum(float(p.grad.double().square().sum()) for p in layer.parameters()) for layer in model.vit.layers]

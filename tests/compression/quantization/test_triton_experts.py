@@ -67,8 +67,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hf_cod.compression.quantization.triton_experts import _multiply_grouped as kernel
 
-index = {"places", "starts", "ends", "last_tiles", "owners"}
-types = {name: "*fp32" for name in kernel.arg_names} | dict.fromkeys(index, "*i64") | dict.fromkeys("ENK", "i32")
+types = {name: "*fp32" for name in kernel.arg_names} | dict.fromkeys(["places", "last_tiles", "owners"], "*i64")
+types |= dict.fromkeys(["starts", "ends"], "*i32") | dict.fromkeys("ENK", "i32")
 types |= {"x": "*bf16", "out": "*bf16", "codes": "*u8", "absmax": "*u8"}
 sizes = {"BLOCK": 64, "NESTED": 256, "ROWS": 64, "TOKENS": 64, "PARTS": 4}
 types |= dict.fromkeys(sizes, "constexpr")
